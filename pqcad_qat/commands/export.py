@@ -98,6 +98,8 @@ class Exported:
         shape = "x".join(map(str, self.sample_shape))
         yield f"{self.variant}: samples of {shape}, batch {self.batch_size}, {self.bytes / 1e6:.2f} MB"
         yield f"executed in INT8: {sum(each in INT8 for each in precisions)} of {len(precisions)} planned layers"
+        if (free := self.proofs.any_size_int8) is not None:
+            yield f"executed in INT8 for any batch and size, as OpenVINO GenAI compiles it: {free} of {len(precisions)}"
         yield f"equal to PyTorch in every integer: {parity.layers_exact} of {parity.layers_checked} layers"
         yield f"whole network against PyTorch: {self.proofs.end_to_end_psnr:.1f} dB"
 

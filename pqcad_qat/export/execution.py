@@ -19,6 +19,8 @@ import openvino as ov
 
 from pqcad_qat.errors import ExportError
 from pqcad_qat.export.traceable_modules import traced_path
+from pqcad_qat.serving.compiled_graph import compile_graph, shared_core
+from pqcad_qat.serving.deployed_folder import graph_on_disk
 from pqcad_qat.serving.packing import called_layer
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
@@ -99,14 +101,33 @@ def execution_precision(
 
 def loaded_precision(model: OVUNet2DModel, layers: Collection[str]) -> ExecutionReport:
     """Do the same as `execution_precision` for a deployed folder that is loaded already."""
-    compiled, nodes = model.compiled, executed_nodes(model.compiled)
+    return _executed(model.compiled, layers, model.manifest.get("attention", {}))
+
+
+def execution_at_any_size(folder: Path, layers: Collection[str], attention: Collection[str]) -> ExecutionReport:
+    """Do the same as `execution_precision` where the graph is compiled as it is on disk, for any batch and size, as
+    OpenVINO GenAI and optimum-intel compile it.
+
+    Args:
+        folder, layers: as for `execution_precision`.
+        attention: module paths of the attention that is planned for INT8.
+
+    Raises:
+        ModelError: the folder cannot be loaded.
+    """
+    core = shared_core()
+    return _executed(compile_graph(graph_on_disk(folder, core), core), layers, attention)
+
+
+def _executed(compiled: ov.CompiledModel, layers: Collection[str], attention: Collection[str]) -> ExecutionReport:
+    nodes = executed_nodes(compiled)
     return ExecutionReport(
         precisions=layer_precisions(nodes, layers),
         node_types=Counter(
             (node.kind, node.precision) for node in nodes if node.kind not in ("Const", "Input", "Output")
         ),
         inference_precision=compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
-        attention=attention_precisions(compiled, model.manifest.get("attention", {})),
+        attention=attention_precisions(compiled, attention),
     )
 
 

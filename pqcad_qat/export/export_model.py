@@ -21,12 +21,12 @@ from torch import nn
 
 from pqcad_qat import __version__
 from pqcad_qat.errors import ExportError, PqcadError
+from pqcad_qat.export.float32_paths import keep_in_float32
 from pqcad_qat.export.folder_configs import cpu_entry, exported_config, layer_entry, model_index, openvino_config
 from pqcad_qat.export.graph_rewrites import rewrite
 from pqcad_qat.export.int8_attention import AttentionRange, name_products, quantized_attention
 from pqcad_qat.export.node_marks import Marked, name_layers
 from pqcad_qat.export.part_export import PartsToDeploy, write_parts
-from pqcad_qat.export.time_path import keep_time_in_float32
 from pqcad_qat.export.time_tables import Times, known_times, timestep_tables
 from pqcad_qat.export.traceable_modules import (
     IntegerConv2d,
@@ -38,10 +38,11 @@ from pqcad_qat.export.traceable_modules import (
     traced_path,
 )
 from pqcad_qat.models.families.family import TEXT, ConditionInput
-from pqcad_qat.models.families.latent_rows import THOUSANDTHS
+from pqcad_qat.models.families.latent_rows import PLACES, THOUSANDTHS
 from pqcad_qat.models.families.plain_module import OWN_MODULE
 from pqcad_qat.models.families.table import family_of
 from pqcad_qat.models.module_preparation import one_line
+from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule
 from pqcad_qat.sampling.precision_by_time import StepsInFloat
 from pqcad_qat.sampling.trajectory import noise_schedule, written_out
 from pqcad_qat.serving.deployed_folder import (
@@ -50,12 +51,16 @@ from pqcad_qat.serving.deployed_folder import (
     check_replaceable,
     write_folder,
 )
-from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, port_values, ports_of
+from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, free_shape, port_values, ports_of
 from pqcad_qat.serving.manifest import CONFIG, FLOAT_GRAPH, SCHEDULER_CONFIG, SCHEMA_VERSION
 from pqcad_qat.serving.packing import WeightFormat, halve_weights, write_graph
 
 if TYPE_CHECKING:
     from pqcad_qat.quantization.integer_layer import IntegerLayer
+
+
+COSINE = "squaredcos_cap_v2"
+"""Curve of betas that OpenVINO GenAI does not know by name."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class ExportRequest:
             of our sampler, with every key.
         layers: every planned layer as integers, by module path.
         sample_shape: shape (C, H, W) of one sample.
-        batch_size: fixed batch of the graph.
+        batch_size: batch of the graph.
         provenance: policy, model source and digest, for the manifest.
         conditions: inputs of the denoiser besides x_t and t, with every size known.
         visited: times that a graph of continuous time must know exactly.
@@ -106,6 +111,11 @@ class ExportRequest:
     full: nn.Module | None = None
     in_float: StepsInFloat = field(default_factory=StepsInFloat)
 
+    @property
+    def any_size(self) -> bool:
+        """Whether the graph takes any batch and size of image, as the pipelines of other runtimes ask for."""
+        return self.pipeline_parts is not None and self.pipeline_parts.for_genai
+
 
 def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "int8") -> ExportedFolder:
     """Write the deployed form of a quantized model; the model itself is left unchanged.
@@ -122,12 +132,19 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
     """
     check_replaceable(folder)
     model, layers, scheduler_config = request.model, request.layers, request.scheduler_config
-    conditions, pipeline_parts = request.conditions, request.pipeline_parts
+    family, pipeline_parts = family_of(model), request.pipeline_parts
+    conditions = [
+        replace(condition, dtype="float32") if condition.name in family.float_ports else condition
+        for condition in request.conditions
+    ]
+    request = replace(request, conditions=conditions)
     schedule = noise_schedule(scheduler_config)
     scheduler = written_out(scheduler_config, schedule)
+    if request.any_size and scheduler.get("beta_schedule") == COSINE and isinstance(schedule, DDPMSchedule):
+        scheduler |= schedule.spelled_out
     times = known_times(schedule, request.visited)
     graph = convert(request, times)
-    part = family_of(model).part
+    part = family.part
     texts = {
         f"{part}/{CONFIG}": exported_config(model),
         SCHEDULER_CONFIG: scheduler,
@@ -142,6 +159,7 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
         "weights": {},
         "sample_shape": list(request.sample_shape),
         "batch_size": request.batch_size,
+        "any_size": request.any_size,
         "train_timesteps": schedule.train_timesteps,
         "timestep_dtype": schedule.timestep_dtype,
         "conditions": [asdict(condition) for condition in conditions],
@@ -156,7 +174,8 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
 
     def further(staging: Path) -> Mapping[str, Any]:
         if request.full is not None:
-            full = convert(replace(request, model=request.full, layers={}, attention={}), times)
+            # one size: our runtime alone runs it
+            full = convert(replace(request, model=request.full, layers={}, attention={}), times, any_size=False)
             halve_weights(full)
             write_graph(full, staging / part / FLOAT_GRAPH)
         return {} if pipeline_parts is None else write_parts(pipeline_parts, staging)
@@ -166,7 +185,7 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
     return ExportedFolder(folder, written, graph_bytes)
 
 
-def convert(request: ExportRequest, times: Times) -> ov.Model:
+def convert(request: ExportRequest, times: Times, *, any_size: bool | None = None) -> ov.Model:
     """Convert the quantized model to an OpenVINO graph whose planned layers are named by module path (node_marks.py).
 
     Method: modules that OpenVINO cannot read, such as Brevitas's layers, are swapped for plain ones while the model is
@@ -177,13 +196,16 @@ def convert(request: ExportRequest, times: Times) -> ov.Model:
     float32 for continuous time; and the conditions by name. The output is `out_sample`, (B, C, H, W) float32. For Flux,
     states and output are rows of patches, and the positions of the patches are inputs too (graph_inputs.py).
 
+    A graph of `any_size` takes any B, H and W, and a time for each sample or one for all; None takes the request's.
+
     Raises:
         ExportError: as export_model.
     """
     model, family, attention = request.model, family_of(request.model), request.attention
+    free = request.any_size if any_size is None else any_size
     names = [condition.name for condition in request.conditions]
     ports = ports_of(family, names)
-    stand_ins = _stand_ins(request, times)
+    stand_ins = _stand_ins(request, times, rotations=not free)
     example = _example(request, times, ports)
     training = model.training
     with swapped(model, stand_ins), torch.no_grad(), warnings.catch_warnings():
@@ -195,20 +217,24 @@ def convert(request: ExportRequest, times: Times) -> ov.Model:
         with quantized_attention(model, attention):
             graph = _converted(denoiser, example)
     model.train(training)
-    graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(example)})
+    shapes = {name: list(tensor.shape) for name, tensor in zip(ports, example, strict=True)}
+    graph.reshape({index: shapes[name] for index, name in enumerate(ports)})
     name_layers(graph, request.layers)
     rewrite(graph)
     for port, name in zip(graph.inputs, ports, strict=True):
         port.get_tensor().set_names({name})
     graph.output(0).get_tensor().set_names({"out_sample"})
     name_products(graph, attention)
-    if family is OWN_MODULE:
-        keep_time_in_float32(graph, graph.input(TIME).get_node())
+    computed = {*((TIME,) if family is OWN_MODULE else ()), *family.float_ports, *(PLACES if free else ())}
+    keep_in_float32(graph, computed & set(ports))
+    if free:
+        graph.reshape({port: free_shape(name, shapes[name]) for port, name in zip(graph.inputs, ports, strict=True)})
     return graph
 
 
-def _stand_ins(request: ExportRequest, times: Times) -> dict[str, nn.Module]:
-    """The modules that stand in for the model's own while it is traced, by module path.
+def _stand_ins(request: ExportRequest, times: Times, *, rotations: bool) -> dict[str, nn.Module]:
+    """The modules that stand in for the model's own while it is traced, by module path; with `rotations` also for
+    those that are constant in a graph of one size.
 
     Raises:
         ExportError: a layer is no module of the model, or cannot be expressed.
@@ -222,7 +248,7 @@ def _stand_ins(request: ExportRequest, times: Times) -> dict[str, nn.Module]:
     return {
         **marked,
         **timestep_tables(model, times, layers, THOUSANDTHS if family_of(model).takes_rows else 1),
-        **fixed_rotations(model, request.sample_shape, texts[0] if texts else None),
+        **(fixed_rotations(model, request.sample_shape, texts[0] if texts else None) if rotations else {}),
     }
 
 

@@ -43,12 +43,16 @@ def model_index(
 
     With pipeline parts it names the source's pipeline; an unconditional denoiser alone gets an unconditional pipeline.
     diffusers has no pipeline for a conditional denoiser alone, so that index names the base class of all pipelines.
+
+    The denoiser's class is our runtime's, which diffusers then finds by itself. Where OpenVINO GenAI opens the folder
+    it is diffusers' own, since GenAI knows no other.
     """
     scheduler = scheduler_config["_class_name"]
     known = {"_diffusers_version": version("diffusers"), "scheduler": ["diffusers", scheduler]}
     family = family_of(model)
     if pipeline_parts is not None:
-        return pipeline_index(pipeline_parts, family.runtime) | known
+        named = ("diffusers", family.name) if pipeline_parts.for_genai else family.runtime
+        return pipeline_index(pipeline_parts, named) | known
     pipeline = PIPELINE_ROOT if conditional else UNCONDITIONAL[scheduler]
     return {"_class_name": pipeline, **known, family.part: list(family.runtime)}
 

@@ -83,6 +83,9 @@ def _normalized(
     """
     channels, space = len(gamma), list(x.get_shape())[2:]
     pixels, last, numbers = op.constant(np.arange(2, 2 + len(space))), op.constant([2]), count()
+    # from the graph, which may be given another size; the product is one of float32, since OpenVINO takes a Convert of
+    # whole numbers with a Multiply behind it for the dequantization of INT8
+    size = op.reduce_prod(op.convert(op.gather(op.shape_of(x, "i64"), pixels, op.constant(0)), "f32"), op.constant([0]))
     grouped, by_channel = op.constant([0, groups, channels // groups]), op.constant([0, channels, *(1 for _ in space)])
 
     def precise(node: ov.Node) -> ov.Node:
@@ -98,7 +101,8 @@ def _normalized(
     # reduce_l2 over the pixels and then over a group's channels gives the square root of the group's sum of squares.
     mean = precise(op.reduce_mean(of_group(op.reduce_mean(x, pixels, True)), last, True))
     norm = precise(op.reduce_l2(of_group(op.reduce_l2(x, pixels, True)), last, True))
-    square = precise(op.multiply(precise(op.multiply(norm, norm)), np.float32(groups / (channels * np.prod(space)))))
+    share = precise(op.multiply(precise(op.multiply(norm, norm)), np.float32(groups / channels)))
+    square = precise(op.divide(share, precise(size)))
     variance = precise(op.subtract(square, precise(op.multiply(mean, mean))))
     deviation = precise(op.sqrt(precise(op.add(variance, np.float32(epsilon)))))
     # from here on one number for each channel: a gain, and the negative mean as a shift

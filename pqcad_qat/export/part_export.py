@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ExportError, ModelError
-from pqcad_qat.export.part_graphs import clip_graph, decoder_graph, t5_graph
+from pqcad_qat.export.genai_tokenizers import write_genai_tokenizer
+from pqcad_qat.export.part_graphs import clip_graph, decoder_graph, encoder_graph, t5_graph
 from pqcad_qat.machine.files import write_json
 from pqcad_qat.machine.json_files import read_json
-from pqcad_qat.models.families.family import TEXT, TEXT_MASK, ConditionInput
-from pqcad_qat.models.families.table import prompt_layouts
-from pqcad_qat.models.model_folder import DECODERS, TEXT_ENCODERS
+from pqcad_qat.models.families.family import TEXT, TEXT_ENCODERS, TEXT_MASK, ConditionInput
+from pqcad_qat.models.families.table import pipelines, prompt_layouts
+from pqcad_qat.models.model_folder import DECODERS
 from pqcad_qat.models.pipeline_parts import T5, TOKENIZER, VAE, VQ, PipelineParts
 from pqcad_qat.models.vae import to_decoder
 from pqcad_qat.serving.deployed_folder import tokenizer_of
-from pqcad_qat.serving.manifest import GRAPH, PART_FOLDERS
+from pqcad_qat.serving.manifest import GRAPH, PART_FOLDERS, VAE_ENCODER
 
 PartFormat = Literal["float", "int8-weights", "int8"]
 """Format of a part: constants in float16, weights compressed to INT8, or weights and activations quantized to INT8."""
@@ -57,6 +58,11 @@ class PartsToDeploy:
     formats: Mapping[str, PartFormat]
     latents: Tensor
     conditions: Sequence[ConditionInput] = ()
+
+    @property
+    def for_genai(self) -> bool:
+        """Whether OpenVINO GenAI has the pipeline, and all that it opens is deployed."""
+        return opened_by_genai(self.source, self.formats)
 
     @property
     def masked(self) -> bool:
@@ -125,6 +131,12 @@ def chosen_formats(
     return formats
 
 
+def opened_by_genai(source: PipelineParts, deployed: Collection[str]) -> bool:
+    """Return whether OpenVINO GenAI has the pipeline, and all that it opens is among the deployed parts."""
+    pipeline = pipelines().get(str(source.index.get("_class_name")))
+    return pipeline is not None and pipeline.genai and {VAE, *source.text_encoders} <= set(deployed)
+
+
 def write_parts(deployable: PartsToDeploy, folder: Path) -> dict[str, dict[str, str]]:
     """Write every part below a deployed folder.
 
@@ -146,10 +158,30 @@ def write_parts(deployable: PartsToDeploy, folder: Path) -> dict[str, dict[str, 
             place.mkdir(parents=True)
             ov.save_model(graph, place / GRAPH, compress_to_fp16=True)
         write_json(place / "config.json", _config(module, source.folder / part))
+        entry = {"class": source.class_of(part), "format": form}
+        written[deployed_name(part)] = entry
         if not decodes:
-            _write_tokenizer(source, tokenizer_of(part), folder / tokenizer_of(part))
-        written[deployed_name(part)] = {"class": source.class_of(part), "format": form}
+            name = tokenizer_of(part)
+            _write_tokenizer(source, name, folder / name)
+            if deployable.for_genai:
+                write_genai_tokenizer(folder / name, deployable.tokens(part))
+        elif deployable.for_genai:
+            written[VAE_ENCODER] = {**entry, "format": _write_vae_encoder(module, form, folder / VAE_ENCODER)}
     return written
+
+
+def _write_vae_encoder(vae: nn.Module, form: PartFormat, folder: Path) -> PartFormat:
+    """Write the VAE's encoder, which pictures begin from that are changed, and return its format.
+
+    An INT8 VAE has a float encoder: it is called once for a picture, on the picture of a user.
+    """
+    taken: PartFormat = "int8-weights" if form == "int8-weights" else "float"
+    with _named(VAE_ENCODER):
+        graph = _compressed(encoder_graph(vae), taken, ())
+        folder.mkdir()
+        ov.save_model(graph, folder / GRAPH, compress_to_fp16=True)
+    write_json(folder / "config.json", _config(vae, folder))
+    return taken
 
 
 def deployed_name(part: str) -> str:

@@ -1,4 +1,4 @@
-"""OpenVINO graphs of a pipeline's VAE decoder, CLIP and T5, for any batch, with the port names of optimum-intel.
+"""OpenVINO graphs of a pipeline's VAE, CLIP and T5, for any batch, with the port names of optimum-intel.
 
 Not here: which parts there are and how they are written (part_export.py), or how their graphs are run
 (part_runtime.py).
@@ -14,6 +14,9 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
+SIDE = 8
+"""Height and width of the latents of the example with which a VAE's encoder is traced."""
+
 
 class _Decoder(nn.Module):
     """The VAE's decoder: scaled latent_sample (B, C, h, w) -> sample (B, 3, H, W)."""
@@ -24,6 +27,17 @@ class _Decoder(nn.Module):
 
     def forward(self, latent_sample: Tensor) -> Tensor:
         return cast(Tensor, cast(Any, self.vae).decode(latent_sample, return_dict=False)[0])
+
+
+class _Encoder(nn.Module):
+    """The encoder of AutoencoderKL: sample (B, 3, H, W) -> mean and logarithm of the variance (B, 2 C, h, w)."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return cast(Tensor, cast(Any, self.vae).encode(sample, return_dict=False)[0].parameters)
 
 
 class _ClipEncoder(nn.Module):
@@ -62,9 +76,19 @@ class _T5Encoder(nn.Module):
 def decoder_graph(vae: nn.Module, latents: Tensor) -> ov.Model:
     """The VAE decoder's graph: latent_sample (B, C, h, w), scaled as the VAE takes it -> sample (B, 3, H, W).
 
-    The height and width are fixed to those of `latents`.
+    AutoencoderKL's takes any h and w; VQModel's takes those of `latents`.
     """
-    return _converted(_Decoder(vae), {"latent_sample": latents[:1].float()}, ["sample"])
+    free = type(vae).__name__ == "AutoencoderKL"
+    return _converted(_Decoder(vae), {"latent_sample": latents[:1].float()}, ["sample"], any_size=free)
+
+
+def encoder_graph(vae: nn.Module) -> ov.Model:
+    """The graph of AutoencoderKL's encoder: sample (B, 3, H, W) in [-1, 1] -> latent_parameters (B, 2 C, h, w).
+
+    The latter are the mean and the logarithm of the variance of latents that are not scaled yet.
+    """
+    example = torch.zeros(1, 3, *(2 * [SIDE * 2 ** (len(cast(Any, vae).config.block_out_channels) - 1)]))
+    return _converted(_Encoder(vae), {"sample": example}, ["latent_parameters"], any_size=True)
 
 
 def clip_graph(encoder: nn.Module, config: Mapping[str, Any], tokens: int) -> ov.Model:
@@ -90,16 +114,24 @@ def t5_graph(encoder: nn.Module, tokens: int, masked: bool) -> ov.Model:
 
 
 @torch.no_grad()
-def _converted(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> ov.Model:
+def _converted(
+    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], *, any_size: bool = False
+) -> ov.Model:
     """Trace and convert a module to a graph that takes any batch, and name its ports.
 
-    `inputs` are examples by name, in the order of the module's arguments.
+    Args:
+        module: what is converted.
+        inputs: examples by name, in the order of the module's arguments.
+        outputs: names of the outputs.
+        any_size: whether the graph takes any height and width, too.
     """
     example = tuple(inputs.values())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer warns of fixed sizes, which are intended
         traced = torch.jit.trace(module, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
-        shapes = [ov.PartialShape([-1, *value.shape[1:]]) for value in example]
+        shapes = [
+            ov.PartialShape([-1, *([value.shape[1], -1, -1] if any_size else value.shape[1:])]) for value in example
+        ]
         graph: ov.Model = ov.convert_model(traced, example_input=example, input=shapes)
     for port, name in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
         port.get_tensor().set_names({name})

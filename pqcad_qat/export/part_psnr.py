@@ -20,7 +20,8 @@ from pqcad_qat.export.proof import end_to_end_psnr
 from pqcad_qat.models.model_folder import DECODERS
 from pqcad_qat.models.pipeline_parts import T5
 from pqcad_qat.models.vae import decoded
-from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder
+from pqcad_qat.serving.part_runtime import PromptEncoder
+from pqcad_qat.serving.vae_runtime import PictureDecoder
 
 PICTURES, TEXTS = 4, 8
 """Number of latents of the calibration set that are decoded, and number of rows of seeded random tokens that are

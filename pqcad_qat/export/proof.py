@@ -39,7 +39,8 @@ from pqcad_qat.export.cut_layers import cut_layers
 from pqcad_qat.export.execution import INT8, executed_nodes, layer_precisions
 from pqcad_qat.export.traceable_modules import effective_weights
 from pqcad_qat.serving.compiled_graph import compile_graph, shared_core
-from pqcad_qat.serving.deployed_folder import read_graph, read_manifest
+from pqcad_qat.serving.denoiser_graphs import read_graph
+from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.serving.packing import MATRIX_OPS, called_layer
 
 if TYPE_CHECKING:

@@ -87,7 +87,7 @@ class TimestepTable(nn.Module):
     def forward(self, timesteps: Tensor) -> Tensor:
         """Look up the rows of these times; integers are dequantized by the reader's scale."""
         # the number of midpoints below a time is the index of the nearest known time
-        rows = timesteps if self.middles is None else (self.middles < timesteps).sum(dim=0)
+        rows = timesteps.long() if self.middles is None else (self.middles < timesteps).sum(dim=0)
         values = F.embedding(rows, self.table)
         return values if self.scale is None else (values.float() - self.zero_point) * self.scale
 
@@ -151,7 +151,7 @@ def timestep_tables(
         layers: the planned layers as integers; {} for a model in floating point.
         divisor: divisor of a continuous time on its way into the graph: 1000 where the graph takes t / 1000.
     """
-    if family_of(model) is OWN_MODULE:  # a user's own module may embed anything: see time_path.py
+    if family_of(model) is OWN_MODULE:  # a user's own module may embed anything: see float32_paths.py
         return {}
     replacements: dict[str, nn.Module] = {}
     config = getattr(model, "config", {})

@@ -48,7 +48,7 @@ def convolution_before_upsampling(convolution: ov.Node) -> None:
     first, image = enlarged
     # what read the upsampled image, the quantizer or the convolution, reads the small one
     first.replace_source_output(image)
-    outputs, height, width = weights.get_shape()[0], *list(image.get_shape())[2:]
+    outputs = weights.get_shape()[0]
     dequantization = convolution.input_value(1).get_node()
     scale = dequantization.input_value(1)
     # scales of single output channels are repeated for the four phases; one scale for all stays as it is
@@ -62,9 +62,7 @@ def convolution_before_upsampling(convolution: ov.Node) -> None:
         phases = op.add(phases, op.concat([bias] * 4, 1))
     whole = op.depth_to_space(phases, "blocks_first", 2)
     # the first and the last row and column come from windows that lie half outside the image
-    inside = op.slice(
-        whole, np.array([1, 1]), np.array([2 * height + 1, 2 * width + 1]), np.array([1, 1]), np.array([2, 3])
-    )
+    inside = op.slice(whole, np.array([1, 1]), np.array([-1, -1]), np.array([1, 1]), np.array([2, 3]))
     for reader in replaced.output(0).get_target_inputs():
         reader.replace_source_output(inside.output(0))
 

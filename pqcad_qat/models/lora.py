@@ -26,8 +26,7 @@ from torch import Tensor
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import shown
-from pqcad_qat.models.families.family import DENOISER_FOLDERS
-from pqcad_qat.models.model_folder import TEXT_ENCODERS
+from pqcad_qat.models.families.family import DENOISER_FOLDERS, TEXT_ENCODERS
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 """Endings of the names of a layer's two matrices, as PEFT has them: A (rank, inputs) and B (outputs, rank)."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
-from pqcad_qat.models.families.family import DENOISER_FOLDERS
+from pqcad_qat.models.families.family import DENOISER_FOLDERS, TEXT_ENCODERS
 from pqcad_qat.models.families.table import FORMER_CLASS, OF_PICTURES
 from pqcad_qat.models.weight_files import FILE_VARIANTS, SAFETENSORS, has_weights
 from pqcad_qat.policy.evaluation import EMBEDDED
@@ -32,9 +32,8 @@ config.
 DECODERS = ("vae", "vqvae")
 """Pipeline parts that decode latents into images."""
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-"""Pipeline parts that encode text, and the tokenizers that belong to them in the same order."""
+"""Tokenizers of a pipeline, in the order of its text encoders."""
 
 UNREAD = ("safety_checker", "feature_extractor")
 """Pipeline parts that read images and give the denoiser nothing."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.models.config_values import check_values, with_defaults
-from pqcad_qat.models.families.family import ConditionInput
-from pqcad_qat.models.model_folder import CONFIG, TEXT_ENCODERS, part_class
+from pqcad_qat.models.families.family import TEXT_ENCODERS, ConditionInput
+from pqcad_qat.models.model_folder import CONFIG, part_class
 from pqcad_qat.models.pipeline_parts import PipelineParts, left_out
 from pqcad_qat.models.vae import latent_channels
 

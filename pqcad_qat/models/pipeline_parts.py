@@ -22,14 +22,13 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.models.config_values import bounded_build, check_values, class_of, silent, with_defaults
 from pqcad_qat.models.families.config_faults import autoencoder
-from pqcad_qat.models.families.family import SCALING
+from pqcad_qat.models.families.family import SCALING, TEXT_ENCODERS
 from pqcad_qat.models.families.table import pipelines
 from pqcad_qat.models.model_folder import (
     CONFIG,
     DECODERS,
     INDEX,
     STEM,
-    TEXT_ENCODERS,
     TOKENIZERS,
     part_class,
     read_index,

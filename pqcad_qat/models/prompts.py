@@ -23,9 +23,10 @@ from pqcad_qat.machine.json_files import read_json
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.config_values import with_defaults
 from pqcad_qat.models.families.config_faults import sides_of
+from pqcad_qat.models.families.family import TEXT_ENCODERS
 from pqcad_qat.models.families.prompt_layouts import PromptLayout
 from pqcad_qat.models.families.table import prompt_layouts
-from pqcad_qat.models.model_folder import CONFIG, INDEX, TEXT_ENCODERS, TOKENIZERS, denoiser_folder, read_index
+from pqcad_qat.models.model_folder import CONFIG, INDEX, TOKENIZERS, denoiser_folder, read_index
 from pqcad_qat.models.pipeline_parts import PipelineParts, check_tokenizer, check_transformers
 from pqcad_qat.models.prompt_cuts import LENGTH, cut_prompts
 

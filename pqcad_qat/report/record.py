@@ -164,6 +164,7 @@ class Execution:
     needs_vnni: tuple[str, ...] = ()  # layers whose sums may overflow on CPUs without VNNI
     # attention planned for INT8 -> precision its matrix products executed in
     attention: Mapping[str, str] = field(default_factory=dict)
+    any_size_int8: int | None = None  # as executed_int8, compiled for any batch and size; None for one of one size
 
 
 @dataclass(frozen=True)

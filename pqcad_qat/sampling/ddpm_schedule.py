@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.sampling.betas import Betas, betas_of, named_betas, zero_terminal_snr
-from pqcad_qat.sampling.ddim import Array, ddim_inverse, ddim_step
+from pqcad_qat.sampling.ddim import Array, add_noise, ddim_inverse, ddim_step
 from pqcad_qat.sampling.schedulers import DDIM_CURVES, DDIM_SCHEDULER, KIN, PredictionType, TimestepSpacing, ddim_keys
 
 Walk = tuple[tuple[float, float], ...]
@@ -140,6 +140,15 @@ class DDPMSchedule:
             visited = sorted((u for u in divided if u >= 0 and u > end), reverse=True)
             split_steps.append(tuple(pairwise([*visited, end])))
         return tuple(split_steps)
+
+    @property
+    def spelled_out(self) -> dict[str, Any]:
+        """The config with its betas written out, for programs that do not know its curve by name."""
+        return {**self.config, **_written_betas(betas_of(self.alpha_bar))}
+
+    def noised(self, x_0: Array, eps: Array, t: float) -> Array:
+        """Return the state x_t (B, C, H, W) of images with this noise."""
+        return add_noise(x_0, eps, self.alpha_bar_at(t))
 
     def step(self, prediction: Array, x_t: Array, t: float, s: float) -> Array:
         """Return x_s (B, C, H, W) from x_t and the prediction at x_t."""

@@ -122,6 +122,11 @@ class FlowSchedule:
             split_steps.append(tuple(pairwise([ends[0], *inner, ends[1]])))
         return tuple(split_steps)
 
+    def noised(self, x_0: Array, eps: Array, t: float) -> Array:
+        """Return the state x_t (B, C, H, W) of images with this noise."""
+        sigma = t / self.train_timesteps
+        return cast(Array, (1 - sigma) * cast(Any, x_0) + sigma * cast(Any, eps))
+
     def step(self, prediction: Array, x_t: Array, t: float, s: float) -> Array:
         """Return x_s (B, C, H, W) from x_t and the prediction at x_t."""
         return euler_step(prediction, x_t, t / self.train_timesteps, s / self.train_timesteps)

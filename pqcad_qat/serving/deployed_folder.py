@@ -17,14 +17,14 @@ import openvino as ov
 from pqcad_qat.errors import ExportError, ModelError
 from pqcad_qat.machine.files import file_digest, write_json
 from pqcad_qat.machine.json_files import read_json, shown
-from pqcad_qat.models.families.family import DENOISER_FOLDERS
+from pqcad_qat.models.families.family import DENOISER_FOLDERS, TEXT_ENCODERS
 from pqcad_qat.serving.manifest import (
     CONFIG,
     FLOAT_GRAPH,
     FLOAT_WEIGHTS,
     GRAPH,
+    OTHER_FOLDERS,
     PACKED_GRAPH,
-    PART_FOLDERS,
     SCHEDULER_CONFIG,
     WEIGHTS,
     check_denoiser_config,
@@ -150,7 +150,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def part_files(part: str) -> tuple[str, ...]:
     """The files, inside a deployed folder, that a pipeline part needs."""
-    tokenizer = () if part == PART_FOLDERS["vae"] else (f"{tokenizer_of(part)}/{name}" for name in TOKENIZER_FILES)
+    reads_text = part in TEXT_ENCODERS
+    tokenizer = (f"{tokenizer_of(part)}/{name}" for name in TOKENIZER_FILES) if reads_text else ()
     return (*(f"{part}/{name}" for name in (GRAPH, WEIGHTS, CONFIG)), *tokenizer)
 
 
@@ -169,32 +170,14 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
         )
 
 
-def read_graph(folder: Path, core: ov.Core) -> ov.Model:
-    """The graph that the manifest names, with every packed weight unpacked to int8.
-
-    The graph is the same, bit for bit, whatever its format on disk.
+def graph_on_disk(folder: Path, core: ov.Core) -> ov.Model:
+    """The graph that the manifest names, for the batch and size on disk, which may be any.
 
     Raises:
         ModelError: the manifest is not valid, or OpenVINO cannot read the files.
     """
     text = folder / unverified_manifest(folder)["graph"]
     return read_text_and_weights(text, text.parent / WEIGHTS, core)
-
-
-def float_graph(folder: Path) -> Path | None:
-    """Path of the full-precision graph of a deployed folder; None where it has no float steps."""
-    manifest = unverified_manifest(folder)
-    return None if manifest.get("float_start") is None else folder / denoiser_part(manifest) / FLOAT_GRAPH
-
-
-def read_float_graph(folder: Path, manifest: Mapping[str, Any], core: ov.Core) -> ov.Model:
-    """The full-precision graph of a folder with float steps.
-
-    Raises:
-        ModelError: OpenVINO cannot read the files.
-    """
-    part = folder / denoiser_part(manifest)
-    return read_text_and_weights(part / FLOAT_GRAPH, part / FLOAT_WEIGHTS, core)
 
 
 def nothing_further(_folder: Path) -> dict[str, Any]:
@@ -285,7 +268,7 @@ def copy_folder(
         _copy(source, unchanged, staging)
         return dict(manifest.get("parts", {})) if pipeline_parts else {}
 
-    write_folder(read_graph(source, ov.Core()), weights, {}, manifest, folder=folder, part=part, further=further)
+    write_folder(graph_on_disk(source, ov.Core()), weights, {}, manifest, folder=folder, part=part, further=further)
 
 
 def _copy(source: Path, names: Iterable[str], folder: Path) -> None:
@@ -303,7 +286,7 @@ def denoiser_bytes(folder: Path) -> int:
 
 def _folders_beside_the_denoiser() -> set[str]:
     """Names of the folders that hold pipeline parts and tokenizers."""
-    return {*PART_FOLDERS.values(), *(tokenizer_of(part) for part in PART_FOLDERS if part != "vae")}
+    return {*OTHER_FOLDERS, *map(tokenizer_of, TEXT_ENCODERS)}
 
 
 @contextmanager

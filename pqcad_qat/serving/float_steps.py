@@ -18,10 +18,12 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.sampling.precision_by_time import StepsInFloat, in_parts
 from pqcad_qat.sampling.trajectory import NoiseSchedule
 from pqcad_qat.serving.compiled_graph import Requests, compile_graph
-from pqcad_qat.serving.deployed_folder import MANIFEST, read_float_graph
+from pqcad_qat.serving.denoiser_graphs import read_float_graph
+from pqcad_qat.serving.deployed_folder import MANIFEST
 from pqcad_qat.serving.graph_checks import check_graph
 from pqcad_qat.serving.graph_inputs import SAMPLE, TIME
 from pqcad_qat.serving.manifest import FLOAT_GRAPH
+from pqcad_qat.serving.per_size import Size
 
 Float32 = npt.NDArray[np.float32]
 """Array of float32."""
@@ -58,14 +60,20 @@ def steps_in_float(
 
 
 def float_requests(
-    manifest: Mapping[str, Any], folder: Path, core: ov.Core, *, device: str, properties: Mapping[str, Any] | None
+    manifest: Mapping[str, Any],
+    folder: Path,
+    core: ov.Core,
+    *,
+    device: str,
+    properties: Mapping[str, Any] | None,
+    size: Size | None = None,
 ) -> Requests:
-    """Compile the graph of the float steps.
+    """Compile the graph of the float steps, for a size that is not that on disk where there is one.
 
     Raises:
         ModelError: the graph is damaged, or OpenVINO cannot compile it.
     """
-    graph = read_float_graph(folder, manifest, core)
+    graph = read_float_graph(folder, manifest, core, size)
     check_graph(graph, {**manifest, "graph": FLOAT_GRAPH, "layers": {}}, folder)
     return Requests(compile_graph(graph, core, device, {**FULL_PRECISION, **(properties or {})}))
 

@@ -99,6 +99,18 @@ def expected_ports(
     return expected | {SAMPLE if SAMPLE in known else STATES: ([batch, *sample_shape], "float32")}
 
 
+def free_shape(port: str, shape: Sequence[int]) -> list[int]:
+    """The shape of a port in a graph for any batch, height and width; -1 stands for any size.
+
+    The number of text tokens stays as it is.
+    """
+    if port == PLACES[1]:
+        return list(shape)
+    if port in (SAMPLE, STATES):
+        return [-1, shape[1], -1, -1] if len(shape) == 4 else [-1, -1, shape[2]]
+    return [-1, *shape[1:]]
+
+
 def prediction(output: Float32, height: int, width: int) -> Float32:
     """A graph's output as (B, C, H, W), unpacked from rows where necessary."""
     return output if output.ndim == 4 else unpacked(output, height, width)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
-from pqcad_qat.models.families.family import DENOISER_FOLDERS
+from pqcad_qat.models.families.family import DENOISER_FOLDERS, TEXT_ENCODERS
 from pqcad_qat.models.families.table import families
 from pqcad_qat.sampling.precision_by_time import are_stops
 
@@ -35,11 +35,14 @@ GRAPH, PACKED_GRAPH, WEIGHTS, CONFIG = (
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 """Path of the scheduler's config inside a deployed folder."""
 
-PART_FOLDERS: Mapping[str, str] = {
-    "vae": "vae_decoder",
-    **{name: name for name in ("text_encoder", "text_encoder_2", "text_encoder_3")},
-}
+PART_FOLDERS: Mapping[str, str] = {"vae": "vae_decoder", **{name: name for name in TEXT_ENCODERS}}
 """Folder of each pipeline part besides the denoiser, named as optimum-intel names it."""
+
+VAE_ENCODER = "vae_encoder"
+"""Folder of the second half of a VAE, whose part is in PART_FOLDERS."""
+
+OTHER_FOLDERS: tuple[str, ...] = (*PART_FOLDERS.values(), VAE_ENCODER)
+"""Folders of graphs besides the denoiser."""
 
 FORMATS = ("int8", "packed")
 """Formats of the weights on disk."""
@@ -276,13 +279,14 @@ VALUES: Mapping[str, tuple[Fits, str]] = {
         f"three whole numbers from 1 to {LARGEST_SIDE}: channels, height, width",
     ),
     "batch_size": (_is_size, f"a whole number from 1 to {LARGEST_SIDE}"),
+    "any_size": (lambda value: isinstance(value, bool), "true or false"),
     "train_timesteps": (lambda value: _is_whole(value, 1, MOST_TIMES), f"a whole number from 1 to {MOST_TIMES}"),
     "timestep_dtype": (lambda value: value in ("int64", "float32"), "int64 or float32"),
     "conditions": (lambda value: isinstance(value, list), "a list"),
     "layers": (_is_object, "an object of layers"),
     "parts": (
-        lambda value: _is_object(value) and set(value) <= {*PART_FOLDERS.values()},
-        f"an object of {', '.join(PART_FOLDERS.values())}",
+        lambda value: _is_object(value) and set(value) <= {*OTHER_FOLDERS},
+        f"an object of {', '.join(OTHER_FOLDERS)}",
     ),
     "provenance": (
         _optional_steps,

@@ -1,7 +1,7 @@
-"""Running of a deployed folder's other parts: the VAE decoder, and the text encoders with their tokenizers.
+"""Running of a deployed folder's text encoders with their tokenizers, and reading of any part beside the denoiser.
 
-Not here: the denoiser (runtime.py), how parts are made (part_export.py), or how a pipeline uses them
-(text_to_image.py). Needs openvino and numpy; prompts also need the library tokenizers.
+Not here: the denoiser (runtime.py), the VAE (vae_runtime.py), how parts are made (part_export.py), or how a pipeline
+uses them (text_to_image.py). Needs openvino and numpy; prompts also need the library tokenizers.
 """
 
 from __future__ import annotations
@@ -20,80 +20,12 @@ from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.serving.compiled_graph import Requests, compile_graph, reason, shared_core
 from pqcad_qat.serving.deployed_folder import tokenizer_of
 from pqcad_qat.serving.graph_checks import port_of
-from pqcad_qat.serving.manifest import CONFIG, GRAPH, LARGEST_SIDE, PART_FOLDERS, WEIGHTS
+from pqcad_qat.serving.manifest import CONFIG, GRAPH, LARGEST_SIDE, WEIGHTS
 from pqcad_qat.serving.packing import UNREADABLE, read_text_and_weights
 from pqcad_qat.serving.runtime import Float32
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-
-MOST_BLOCKS, MOST_SCALE = 12, 1e9
-"""Largest number of blocks, and upper bound on the magnitude of scaling values, in a VAE's config."""
-
-
-class PictureDecoder:
-    """The VAE's decoder, compiled for one picture at a time; any number of threads may call it.
-
-    Attributes:
-        config: diffusers' config of the VAE.
-        factor: ratio of a picture's side in pixels to the side of its latents.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        sample_shape: tuple[int, int, int],
-        device: str = "CPU",
-        properties: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Load and compile the decoder.
-
-        Args:
-            folder: the deployed folder.
-            sample_shape: shape (C, h, w) of the latents.
-            device: OpenVINO's name of the device.
-            properties: OpenVINO properties that override the defaults.
-
-        Raises:
-            ModelError: the files cannot be read, or do not decode latents of this shape.
-        """
-        part = folder / PART_FOLDERS["vae"]
-        self.config = read_json(part / CONFIG)
-        blocks = self.config.get("block_out_channels")
-        if not isinstance(blocks, list) or not 1 <= len(blocks) <= MOST_BLOCKS:
-            raise ModelError(
-                f"{part / CONFIG}: block_out_channels: got {shown(blocks)}; allowed a list of 1 to {MOST_BLOCKS}"
-            )
-        self.factor: int = 2 ** (len(blocks) - 1)
-        _check_scale(self.config, sample_shape[0], part / CONFIG)
-        graph = _read(part, {"latent_sample"})
-        _reshape(graph, (1, *sample_shape), part)
-        _, height, width = sample_shape
-        pictures = ([1, 3, self.factor * height, self.factor * width], "float32")
-        if (output := port_of(graph.outputs[0])) != pictures:
-            raise ModelError(f"{part / GRAPH}: got the output {output}; allowed {pictures}, of latents {sample_shape}")
-        self._requests = Requests(compile_graph(graph, shared_core(), device, properties))
-
-    def __call__(self, latents: Float32) -> Float32:
-        """Decode latents (N, C, h, w), as the denoiser returns them, to pictures (N, 3, H, W) in about [-1, 1]."""
-        scaled = scaled_latents(self.config, latents)
-        return np.concatenate(
-            [self._requests.infer({"latent_sample": single}, [0])[0] for single in np.split(scaled, len(scaled))]
-        )
-
-
-def scaled_latents(config: Mapping[str, Any], latents: Float32) -> Float32:
-    """Scale a denoiser's latents (N, C, h, w) to those that its VAE takes.
-
-    Where the config has a mean and deviation for each channel, they are applied too.
-    """
-    mean, deviation = (config.get(key) for key in ("latents_mean", "latents_std"))
-    scaled = np.asarray(latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0), np.float32)
-    if mean is None or deviation is None:
-        return scaled
-    spread, middle = (np.asarray(value, np.float32).reshape(1, -1, 1, 1) for value in (deviation, mean))
-    return np.asarray(scaled * spread + middle, np.float32)
 
 
 class PromptEncoder:
@@ -124,7 +56,7 @@ class PromptEncoder:
         """
         self._part = folder / part
         self.config = read_json(self._part / CONFIG)
-        graph = _read(self._part, {"input_ids"})
+        graph = read_part(self._part, {"input_ids"})
         self.outputs = tuple(name for port in graph.outputs for name in port.get_names())
         self.layers = sum(name.startswith("hidden_states.") for name in self.outputs) - 1
         sizes, _ = port_of(graph.input("input_ids"))
@@ -135,7 +67,7 @@ class PromptEncoder:
         self.tokens: int = sizes[1]
         self.masked = len(graph.inputs) > 1
         self._tokenizer = _tokenizer(folder / tokenizer_of(part), self.tokens)
-        _reshape(graph, (1, self.tokens), self._part)
+        reshape_part(graph, (1, self.tokens), self._part)
         self._requests = Requests(compile_graph(graph, shared_core(), device, properties))
 
     def ids(self, prompt: str) -> npt.NDArray[np.int64]:
@@ -176,29 +108,7 @@ class PromptEncoder:
         return dict(zip(outputs, self._requests.infer(inputs, outputs), strict=True))
 
 
-def _check_scale(config: Mapping[str, Any], channels: int, path: Path) -> None:
-    """Raise ModelError for a VAE's config that `scaled_latents` cannot use."""
-    rules = {
-        "scaling_factor": (
-            _is_number(config.get("scaling_factor")) and bool(config["scaling_factor"]),
-            "a number other than 0",
-        ),
-        "shift_factor": (config.get("shift_factor") is None or _is_number(config["shift_factor"]), "null or a number"),
-    }
-    for key in ("latents_mean", "latents_std"):
-        values = config.get(key)
-        numbers = isinstance(values, list) and len(values) == channels and all(map(_is_number, values))
-        rules[key] = (values is None or numbers, f"null or {channels} numbers, one a channel")
-    for key, (fits, allowed) in rules.items():
-        if not fits:
-            raise ModelError(f"{path}: {key}: got {shown(config.get(key))}; allowed {allowed}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < MOST_SCALE
-
-
-def _read(part: Path, needed: Collection[str]) -> ov.Model:
+def read_part(part: Path, needed: Collection[str]) -> ov.Model:
     """Read a part's graph and check that it has ports of these names, and outputs.
 
     Raises:
@@ -218,7 +128,7 @@ def _read(part: Path, needed: Collection[str]) -> ov.Model:
     return graph
 
 
-def _reshape(graph: ov.Model, shape: tuple[int, ...], part: Path) -> None:
+def reshape_part(graph: ov.Model, shape: tuple[int, ...], part: Path) -> None:
     """Give all inputs of a graph this fixed shape.
 
     Raises:

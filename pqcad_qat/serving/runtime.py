@@ -22,26 +22,19 @@ from pqcad_qat.models.families.family import DENOISER_FOLDERS
 from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS, StepsInFloat
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import NoiseSchedule, noise_schedule
-from pqcad_qat.serving.compiled_graph import (
-    Requests,
-    compile_graph,
-    execution_devices,
-    inference_precision,
-    shared_core,
-)
+from pqcad_qat.serving.compiled_graph import execution_devices, inference_precision
+from pqcad_qat.serving.compiled_sizes import CompiledDenoiser, CompiledSizes
 from pqcad_qat.serving.deployed_folder import (
     MANIFEST,
     copy_folder,
     denoiser_config,
-    read_graph,
     read_manifest,
     scheduler_config,
 )
 from pqcad_qat.serving.diffusers_calls import Call, as_array, read_call
 from pqcad_qat.serving.diffusers_stand_in import ModelMixin, StandIn, UNetConfig
-from pqcad_qat.serving.float_steps import float_requests, in_full_precision, steps_in_float
-from pqcad_qat.serving.graph_checks import check_graph
-from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, port_values, prediction
+from pqcad_qat.serving.float_steps import in_full_precision, steps_in_float
+from pqcad_qat.serving.graph_inputs import SAMPLE, TIME
 from pqcad_qat.serving.manifest import SCHEDULER_CONFIG
 from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.serving.vnni import warn_without_vnni
@@ -93,7 +86,7 @@ class OVUNet2DModel(StandIn):
         config: the denoiser's config.json, by key or attribute.
         scheduler_config: diffusers' config of the scheduler that the model was made for.
         manifest: the folder's manifest.
-        sample_shape: shape (C, H, W) of one sample.
+        sample_shape: shape (C, H, W) of one sample; a folder of any size takes other H and W too.
         batch_size: number of samples in one run of the graph.
         conditions: inputs besides sample and timestep, in order: {name, shape for one sample, dtype, bound}.
         inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use, the precision of layers outside the plan.
@@ -118,15 +111,11 @@ class OVUNet2DModel(StandIn):
         self._times = _student_times(self.scheduler_config.get(STEPS), self._schedule, folder / SCHEDULER_CONFIG)
         self._warned_of_times = False
         warn_without_vnni(self.manifest, folder)
-        graph = read_graph(folder, core := shared_core())
-        check_graph(graph, self.manifest, folder)
-        self._ports = [port.get_names() for port in graph.inputs]
-        self.compiled = compile_graph(graph, core, device, properties)
-        self.inference_precision: str = inference_precision(self.compiled)
-        self._requests = Requests(self.compiled)
         self.in_float = steps_in_float(self.manifest, folder, self._schedule, self.scheduler_config.get(STEPS))
-        if self.in_float.start != NO_FLOAT_STEPS:
-            self._float_requests = float_requests(self.manifest, folder, core, device=device, properties=properties)
+        in_float = self.in_float.start != NO_FLOAT_STEPS
+        self._sizes = CompiledSizes(folder, self.manifest, device, properties, in_float=in_float)
+        self.compiled = self._sizes.own.compiled
+        self.inference_precision: str = inference_precision(self.compiled)
 
     @classmethod
     def from_pretrained(
@@ -224,18 +213,21 @@ class OVUNet2DModel(StandIn):
         Raises:
             ModelError: as `__call__`.
         """
-        if sample.ndim != 4 or sample.shape[1:] != self.sample_shape or not len(sample):
+        if sample.ndim != 4 or not len(sample):
             raise ModelError(
                 f"{self.folder}: samples: got shape {sample.shape}; "
                 f"allowed (B, {', '.join(map(str, self.sample_shape))})"
             )
+        compiled = self._sizes.at(sample.shape[1:])
         whole = [
             sample,
             self._timesteps(np.asarray(timestep), len(sample)),
             *self._conditions(condition or {}, len(sample)),
         ]
         pieces = [
-            self._run([values[start : start + self.batch_size] for values in whole], in_float or self.in_float)
+            self._run(
+                compiled, [values[start : start + self.batch_size] for values in whole], in_float or self.in_float
+            )
             for start in range(0, len(sample), self.batch_size)
         ]
         return np.concatenate(pieces)
@@ -255,7 +247,8 @@ class OVUNet2DModel(StandIn):
         if value.shape not in ((count, *shape), (1, *shape)):
             raise ModelError(f"{self.folder}: {name}: got shape {value.shape}; allowed {(count, *shape)}")
         cast: npt.NDArray[Any] = value.astype(rule["dtype"])
-        if bound is not None and ((cast != value).any() or cast.min() < 0 or cast.max() >= bound):
+        whole = (cast == value).all() and (np.rint(cast) == cast).all()
+        if bound is not None and (not whole or cast.min() < 0 or cast.max() >= bound):
             raise ModelError(f"{self.folder}: {name}: got {value}; allowed whole numbers in [0, {bound})")
         return np.broadcast_to(cast, (count, *shape))
 
@@ -276,8 +269,8 @@ class OVUNet2DModel(StandIn):
             )
         return np.broadcast_to(whole, (count,))
 
-    def _run(self, values: Sequence[npt.NDArray[Any]], steps: StepsInFloat) -> Float32:
-        """Run the graph once, on up to batch_size samples: states, time steps and conditions."""
+    def _run(self, compiled: CompiledDenoiser, values: Sequence[npt.NDArray[Any]], steps: StepsInFloat) -> Float32:
+        """Run a graph once, on up to batch_size samples: states, time steps and conditions."""
         missing = self.batch_size - len(values[0])
         if missing:
             values = [np.concatenate([array, np.repeat(array[-1:], missing, 0)]) for array in values]
@@ -285,9 +278,9 @@ class OVUNet2DModel(StandIn):
         inputs = dict(zip(names, (np.asarray(values[0], np.float32), *values[1:]), strict=True))
         times = np.asarray(values[1])  # one for each sample, as pipelines may mix times
         in_float = times >= self._float_from(steps.start)
-        answer = None if in_float.all() else self._infer(self._requests, inputs)
+        answer = None if in_float.all() else compiled.infer(inputs)
         if in_float.any():
-            infer = partial(self._infer, self._float_requests)
+            infer = partial(compiled.infer, in_float=True)
             full = in_full_precision(infer, inputs, schedule=self._schedule, steps=steps)
             answer = full if answer is None else np.where(in_float.reshape(-1, 1, 1, 1), full, answer)
         assert answer is not None
@@ -300,10 +293,6 @@ class OVUNet2DModel(StandIn):
         if self._timestep_dtype != "float32" or self._times is None:
             return start
         return (start + max((t for t in self._times if t < start), default=start)) / 2
-
-    def _infer(self, requests: Requests, inputs: Mapping[str, npt.NDArray[Any]]) -> Float32:
-        """Predictions (B, C, H, W) of a graph for a whole batch."""
-        return prediction(requests.infer(port_values(self._ports, inputs), [0])[0], *self.sample_shape[1:])
 
     def _warn_of_unknown_times(self, times: npt.NDArray[np.float64]) -> None:
         """Warn once if a call's time is not one of the student's times.

@@ -7,10 +7,11 @@ sampler (sampling/trajectory.py). Needs openvino, numpy and tokenizers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,22 +21,29 @@ from pqcad_qat.machine.json_files import read_json
 from pqcad_qat.models.families.prompt_layouts import Arrays, PromptLayout, Wanted
 from pqcad_qat.models.families.table import prompt_layouts
 from pqcad_qat.sampling.schedulers import STEPS
-from pqcad_qat.sampling.trajectory import guided, initial_noise, noise_schedule, trajectory
+from pqcad_qat.sampling.trajectory import guided, initial_noise, landing, noise_schedule
 from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX
-from pqcad_qat.serving.manifest import PART_FOLDERS, SCHEDULER_CONFIG, check_listed
-from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder
+from pqcad_qat.serving.manifest import PART_FOLDERS, SCHEDULER_CONFIG, VAE_ENCODER, check_listed
+from pqcad_qat.serving.part_runtime import PromptEncoder
+from pqcad_qat.serving.per_size import Size
+from pqcad_qat.serving.picture_changes import Changes, beginning
 from pqcad_qat.serving.runtime import Float32, OVUNet2DModel
+from pqcad_qat.serving.vae_runtime import PictureDecoder, PictureEncoder
+
+Pictures = npt.NDArray[np.uint8]
+"""Pictures (N, 3, H, W)."""
 
 
 @dataclass(frozen=True)
 class TextToImage:
-    """A deployed text-to-image pipeline, compiled.
+    """A deployed text-to-image pipeline, compiled. It also changes pictures by a prompt, whole or under a mask.
 
     Attributes:
         denoiser: the denoiser, whose manifest and scheduler config decide the sampling.
         encoders: text encoders by part.
         layout: how the encoders' outputs become the denoiser's conditions.
         decoder: decoder of latents.
+        encoder: encoder of pictures to begin from; None in a folder without one.
         zero_negative: whether guidance without a negative prompt uses zeros as the unconditional condition, as SDXL
             does; otherwise it uses the empty prompt.
     """
@@ -44,6 +52,7 @@ class TextToImage:
     encoders: Mapping[str, PromptEncoder]
     layout: PromptLayout
     decoder: PictureDecoder
+    encoder: PictureEncoder | None
     zero_negative: bool
 
     @classmethod
@@ -85,7 +94,10 @@ class TextToImage:
         taken = [part for part in (*layout.encoders, *layout.optional) if part in present]
         encoders = {part: PromptEncoder(path, part, device, properties) for part in taken}
         decoder = PictureDecoder(path, denoiser.sample_shape, device, properties)
-        return cls(denoiser, encoders, layout, decoder, bool(index.get("force_zeros_for_empty_prompt")))
+        channels = denoiser.sample_shape[0]
+        encoder = PictureEncoder(path, channels, device, properties) if VAE_ENCODER in present else None
+        zero_negative = bool(index.get("force_zeros_for_empty_prompt"))
+        return cls(denoiser, encoders, layout, decoder, encoder=encoder, zero_negative=zero_negative)
 
     @property
     def steps(self) -> int:
@@ -99,29 +111,41 @@ class TextToImage:
 
     def __call__(
         self,
-        prompt: str,
-        negative: str | None = None,
+        prompt: str | Sequence[str],
+        negative: str | Sequence[str] | None = None,
         guidance: float | None = None,
         steps: int | None = None,
         *,
         seed: int = 0,
         count: int = 1,
+        size: Size | None = None,
+        image: Any = None,
+        mask: Any = None,
+        strength: float | None = None,
         advance: Callable[[int], None] = lambda _: None,
-    ) -> npt.NDArray[np.uint8]:
-        """Make pictures (count, 3, H, W) of a prompt, in uint8.
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Pictures:
+        """Make pictures (N, 3, H, W) in uint8: `count` of each prompt, those of one prompt behind each other.
 
         Args:
-            prompt: description of the picture. Words beyond an encoder's tokens are left out, with a warning.
-            negative: description of what to avoid; it needs guidance.
+            prompt: description of the picture, or several. Words beyond an encoder's tokens are left out, with a
+                warning.
+            negative: description of what to avoid, or one for each prompt; it needs guidance.
             guidance: scale of classifier-free guidance; None takes the denoiser's `guidance`.
             steps: number of sampling steps; None takes the denoiser's `steps`.
             seed: seed of the noise; picture k of a seed always starts from the same noise.
-            count: number of pictures, each from its own noise.
+            count: number of pictures of each prompt, each from its own noise.
+            size: height and width of the pictures in pixels, for a folder of any size; None takes that of `image`, or
+                the folder's own.
+            image: picture to begin from, (H, W, 3) in uint8 or what numpy makes such an array of, like PIL's images.
+            mask: where `image` is painted anew, (H, W) or (H, W, 1): there it is above half of the type's range.
+            strength: share of the sampling steps that change `image`, over 0 to 1; None takes 0.8, or 1 with a mask.
             advance: function called after each sampling step with the number of pictures.
+            stop: function asked before each sampling step; when it returns True, no picture is returned, (0, 3, H, W).
 
         Raises:
-            ModelError: a negative prompt is given without guidance, or the sampler does not support this number of
-                steps.
+            ModelError: a negative prompt is given without guidance; the sampler does not support this number of steps;
+                the folder has another size, or no VAE encoder for an image; or image, mask and strength do not fit.
         """
         scale = self.guidance if guidance is None else guidance
         if negative is not None and scale == 1.0:
@@ -129,39 +153,76 @@ class TextToImage:
                 "guidance: got a scale of 1, at which there is no pass that a negative prompt could condition; "
                 "allowed with it any other scale"
             )
-        self._warn_of_cuts(prompt, negative or "")
-        condition = self.embeddings(prompt)
-        unconditional = {} if scale == 1.0 else self._unconditional(condition, negative)
+        prompts, negatives = _paired(prompt, negative)
+        self._warn_of_cuts(*prompts, *(text or "" for text in negatives))
+        start = beginning(image, mask, strength, size, factor=self.decoder.factor)
+        latents = self._latent_size(size if start is None else start.size)
+        condition = self._conditions(prompts, latents, count)
+        unconditional = {} if scale == 1.0 else self._unconditional(condition, negatives, latents, count)
 
         taken = self.steps if steps is None else steps
         schedule = noise_schedule(self.denoiser.scheduler_config)
+        walk = schedule.walk(taken)
         # under guidance no step is taken in parts: they were measured without it
-        in_float = self.denoiser.in_float.along(() if unconditional else schedule.walk(taken))
+        in_float = self.denoiser.in_float.along(() if unconditional else walk)
 
         def follow(x_t: Float32, t: float) -> Float32:
             if not unconditional:
                 return self.denoiser.predict(x_t, t, condition, in_float=in_float)
             # guidance: both passes run as one batch, conditional samples first
-            both = {
-                name: np.repeat(np.concatenate([value, unconditional[name]]), len(x_t), 0)
-                for name, value in condition.items()
-            }
+            both = {name: np.concatenate([value, unconditional[name]]) for name, value in condition.items()}
             prediction = self.denoiser.predict(np.concatenate([x_t, x_t]), t, both, in_float=in_float)
             return guided(prediction[: len(x_t)], prediction[len(x_t) :], scale)
 
-        x = initial_noise(seed, 0, count, self.denoiser.sample_shape)
-        for step in trajectory(follow, x, schedule, taken):
-            x = np.asarray(step.x_s, np.float32)
-            advance(count)
+        x = initial_noise(seed, 0, len(prompts) * count, (self.denoiser.sample_shape[0], *latents))
+        changes = None if start is None else Changes(start, self._encoded(start.picture), x, schedule)
+        if changes is not None:
+            walk = walk[-changes.start.steps(taken) :]
+            x = changes.begun(walk[0][0])
+        for step, later in zip_longest(walk, walk[1:]):
+            if stop():
+                return np.empty((0, 3, *(side * self.decoder.factor for side in latents)), np.uint8)
+            x = landing((step,), follow, x, schedule)
+            x = np.asarray(x if changes is None else changes.kept(x, later and later[0]), np.float32)
+            advance(len(x))
         return np.asarray(np.rint((self.decoder(x).clip(-1, 1) + 1) * 127.5), np.uint8)
 
-    def embeddings(self, prompt: str) -> Arrays:
-        """The denoiser's conditions for a prompt, by name, (1, ...)."""
-        _, height, width = self.denoiser.sample_shape
+    @staticmethod
+    def pil(pictures: Pictures) -> list[Any]:
+        """Turn pictures (N, 3, H, W) into images of the library PIL, which has to be installed."""
+        from PIL import Image
+
+        return [Image.fromarray(picture) for picture in pictures.transpose(0, 2, 3, 1)]
+
+    def embeddings(self, prompt: str, latents: Size | None = None) -> Arrays:
+        """The denoiser's conditions for a prompt, by name, (1, ...), for latents of a size (None: the folder's own)."""
+        height, width = latents or self.denoiser.sample_shape[1:]
         shapes = {condition["name"]: tuple(condition["shape"]) for condition in self.denoiser.conditions}
         picture = (height * self.decoder.factor, width * self.decoder.factor)
         guidance = float(self.denoiser.scheduler_config.get(EMBEDDED_GUIDANCE, self.layout.guidance))
         return self.layout.conditions(self.encoders, prompt, Wanted(shapes, picture, guidance))
+
+    def _conditions(self, prompts: Sequence[str], latents: Size, count: int) -> Arrays:
+        """The denoiser's conditions for `count` pictures of each prompt, by name."""
+        found = [self.embeddings(prompt, latents) for prompt in prompts]
+        return {name: np.repeat(np.concatenate([each[name] for each in found]), count, 0) for name in found[0]}
+
+    def _latent_size(self, size: Size | None) -> Size:
+        """Size of the latents of pictures of a size in pixels."""
+        factor, own = self.decoder.factor, self.denoiser.sample_shape[1:]
+        if size is None:
+            return own
+        if any(side < factor or side % factor for side in size):
+            raise ModelError(f"size: got {size[0]}x{size[1]}; allowed multiples of {factor}")
+        return size[0] // factor, size[1] // factor
+
+    def _encoded(self, picture: Float32) -> Float32:
+        if self.encoder is None:
+            raise ModelError(
+                f"{self.denoiser.folder}: image: got one; allowed with a folder that holds {VAE_ENCODER}: "
+                "`export` writes it again, with openvino-tokenizers and the pipeline's parts"
+            )
+        return self.encoder(picture)
 
     def _warn_of_cuts(self, *prompts: str) -> None:
         """Warn of words that an encoder does not read, as diffusers does."""
@@ -172,8 +233,25 @@ class TextToImage:
                         f"{part} reads {encoder.tokens} tokens of a prompt; left out of this one: {cut!r}", stacklevel=3
                     )
 
-    def _unconditional(self, condition: Arrays, negative: str | None) -> Arrays:
+    def _unconditional(self, condition: Arrays, negatives: Sequence[str | None], latents: Size, count: int) -> Arrays:
         """The conditions of guidance's unconditional pass."""
-        if negative is None and self.zero_negative:
+        if negatives[0] is None and self.zero_negative:
             return {name: value if name == "time_ids" else np.zeros_like(value) for name, value in condition.items()}
-        return self.embeddings(negative or "")
+        return self._conditions([text or "" for text in negatives], latents, count)
+
+
+def _paired(prompt: str | Sequence[str], negative: str | Sequence[str] | None) -> tuple[list[str], list[str | None]]:
+    """The prompts, and for each its negative prompt.
+
+    Raises:
+        ModelError: there is no prompt, or another number of negative ones.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    several = not (negative is None or isinstance(negative, str))
+    negatives = list(cast(Sequence[str | None], negative if several else [negative] * len(prompts)))
+    if not prompts or len(negatives) != len(prompts):
+        raise ModelError(
+            f"prompts: got {len(prompts)} and {len(negatives)} negative ones; allowed one or more, and as many "
+            "negative ones, or one for all"
+        )
+    return prompts, negatives

@@ -24,20 +24,24 @@ class OVTransformer2DModel(OVUNet2DModel):
     """`OVUNet2DModel` as pipelines call their `transformer`.
 
     For a family that takes rows (Flux), states are rows of patches, (B, H/2 W/2, 4C), and the result is in rows too.
-    Times lie in [0, 1], and `img_ids` must be the positions of the graph's patches. The graph fixes the size of the
-    latents, so the pipeline's height and width must match it.
+    Times lie in [0, 1], and `img_ids` are the positions of the patches, which tell the size of the latents.
     """
 
     def _answer(self, call: Call, states: npt.NDArray[Any], times: npt.NDArray[np.float64]) -> Float32:
         if not family_named(self.config["_class_name"]).takes_rows:
             return super()._answer(call, states, times)
-        self._check_places(states, call.places)
-        x_t = unpacked(states, *self.sample_shape[1:])
+        x_t = unpacked(states, *self._size(states, call.places))
         return np.ascontiguousarray(packed(super()._answer(call, x_t, THOUSANDTHS * times)))
 
-    def _check_places(self, states: npt.NDArray[Any], places: npt.NDArray[Any] | None) -> None:
-        """Raise ModelError for a sequence that does not match the size of the graph's latents."""
+    def _size(self, states: npt.NDArray[Any], places: npt.NDArray[Any] | None) -> tuple[int, int]:
+        """Height and width of the latents of a sequence; without places, those of the folder.
+
+        Raises:
+            ModelError: sequence and places do not match, or the folder does not take this size.
+        """
         channels, height, width = self.sample_shape
+        if places is not None and places.shape[-1:] == (3,) and self.manifest.get("any_size", False):
+            height, width = (PATCH * (int(last) + 1) for last in places.reshape(-1, 3).max(axis=0)[1:])
         rows = rows_shape(channels, height, width)
         last = [0, height // PATCH - 1, width // PATCH - 1]
         wrong = places is not None and (places.shape[-1:] != (3,) or (places.reshape(-1, 3).max(axis=0) != last).any())
@@ -46,3 +50,4 @@ class OVTransformer2DModel(OVUNet2DModel):
                 f"{self.folder}: latents: got shape {states.shape}; allowed (B, {rows[0]}, {rows[1]}), the rows that "
                 f"latents of {height}x{width} are packed to"
             )
+        return height, width

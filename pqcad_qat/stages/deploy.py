@@ -11,24 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet
-from pqcad_qat.export.execution import ExecutionReport, loaded_precision, refuse_float
 from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.int8_attention import AttentionRange, attention_ranges
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.part_export import PartsToDeploy
 from pqcad_qat.export.part_psnr import part_parity
-from pqcad_qat.export.proof import ParityReport, end_to_end_psnr, layer_parity
+from pqcad_qat.export.proof import layer_parity
 from pqcad_qat.export.traceable_modules import needs_vnni
 from pqcad_qat.machine.files import room_for, write_file
 from pqcad_qat.machine.progress import working
 from pqcad_qat.models.conditions import GUIDANCE, NULL_CLASS, exported_inputs
-from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
@@ -41,11 +38,11 @@ from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS, StepsInFloat
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import written_out
 from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, copy_folder
-from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.stages.baselines import example_of, openvino_files
 from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared
+from pqcad_qat.stages.proofs import at_any_size, integer_parity, whole_proofs
 from pqcad_qat.stages.run_folder import RunFolder
-from pqcad_qat.stages.stage_records import BenchmarkRecord, ExportRecord, FloatStepsRecord, IntegerParity
+from pqcad_qat.stages.stage_records import BenchmarkRecord, ExportRecord, FloatStepsRecord
 from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import size_bytes, time_denoisers
@@ -53,9 +50,6 @@ from pqcad_qat.timing.node_profile import node_profile
 
 PROFILED = tuple(spec.name for spec in VARIANTS.values() if spec.runtime == OPENVINO and spec.sampled)
 """Sampled variants that OpenVINO runs, all of them in integers; the benchmark profiles the nodes of their graphs."""
-
-PARITY_INPUTS = 64
-"""Number of states on which the deployed model is compared end to end with the quantized PyTorch model."""
 
 
 def export(
@@ -141,7 +135,8 @@ def write_proven(
     with working(console, f"export {name}: writing and verifying the OpenVINO folder"):
         with room_for(folder, expected_bytes(prepared.split, prepared.plan, packed=policy.export.weights != "int8")):
             export_model(request, folder, policy.export.weights)
-        executed, psnr = _whole_proofs(prepared, request, folder, calibration)
+        executed, psnr = whole_proofs(prepared, request, folder, calibration)
+        free = at_any_size(prepared, request, folder)
         states = next(calibration.inputs(batch, batch))
         with recorded_inputs(model, states, folder.parent) as inputs:
             parity = layer_parity(folder, request.layers, inputs)
@@ -150,9 +145,10 @@ def write_proven(
             attention=dict(executed.attention),
             inference_precision=executed.inference_precision,
             needs_vnni=tuple(name for name, layer in request.layers.items() if needs_vnni(layer)),
-            parity=_integer_parity(parity),
+            parity=integer_parity(parity),
             end_to_end_psnr=psnr,
             parts=() if deployed is None else part_parity(deployed, folder),
+            any_size_int8=free,
         )
 
 
@@ -239,16 +235,6 @@ def _provenance(policy: Policy, prepared: Prepared, name: str) -> dict[str, Any]
     }
 
 
-def _integer_parity(parity: ParityReport) -> IntegerParity:
-    return IntegerParity(
-        layers_checked=parity.layers_checked,
-        layers_exact=parity.layers_exact,
-        worst_layer=parity.worst_layer,
-        worst_error=parity.worst_error,
-        exact={layer.name: layer.exact for layer in parity.layers},
-    )
-
-
 def _guidance(policy: Policy, prepared: Prepared, name: str) -> dict[str, Any]:
     """Settings for sampling a variant of a conditional model: its guidance scale, and the label of the unconditional
     pass if there is one.
@@ -286,35 +272,6 @@ def _attention(
         return {}
     with working(console, "export: ranges of attention"), frozen_weights(model.eval()):
         return attention_ranges(model, calibration.inputs(RANGE_INPUTS, policy.training.batch_size))
-
-
-def _whole_proofs(
-    prepared: Prepared, request: ExportRequest, folder: Path, calibration: CalibrationSet
-) -> tuple[ExecutionReport, float]:
-    """What the shipped model executes in, and its PSNR as of `_end_to_end`; it is loaded once for both.
-
-    Raises:
-        ExportError: as `refuse_float`.
-    """
-    deployed = OVUNet2DModel.from_pretrained(folder)
-    executed = loaded_precision(deployed, request.layers)
-    refuse_float(prepared.plan, executed, folder)
-    return executed, _end_to_end(deployed, request.model, calibration)
-
-
-@torch.no_grad()
-def _end_to_end(deployed: OVUNet2DModel, model: nn.Module, calibration: CalibrationSet) -> float:
-    """PSNR in dB between the predictions of the deployed model and of the quantized PyTorch model, on states of the
-    calibration set.
-    """
-    ours, theirs = [], []
-    with frozen_weights(model.eval()):
-        for x, t, condition in calibration.inputs(PARITY_INPUTS, 32):
-            theirs.append(predict(model, x, t, condition).numpy())
-            ours.append(
-                deployed.predict(x.numpy(), t.numpy(), {name: value.numpy() for name, value in condition.items()})
-            )
-    return end_to_end_psnr(np.concatenate(ours), np.concatenate(theirs))
 
 
 def benchmark(policy: Policy, prepared: Prepared, run: RunFolder, console: Console) -> None:

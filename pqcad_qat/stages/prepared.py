@@ -14,8 +14,9 @@ from torch import nn
 from pqcad_qat.data.calibration import CalibrationRecipe
 from pqcad_qat.data.images import picture_files
 from pqcad_qat.errors import ModelError, PlanError
+from pqcad_qat.export.genai_tokenizers import MISSING, has_openvino_tokenizers
 from pqcad_qat.export.int8_attention import masked_attention
-from pqcad_qat.export.part_export import PartFormat, chosen_formats
+from pqcad_qat.export.part_export import PartFormat, chosen_formats, opened_by_genai
 from pqcad_qat.export.trial_export import try_training_and_export
 from pqcad_qat.models.conditions import ConditionSet, check_choices, check_guidance, chosen_conditions, conditioned
 from pqcad_qat.models.denoiser import DiffusionModel, check_time_table, recomputed_activations
@@ -198,6 +199,8 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     if model.own and policy.deployed:
         try_training_and_export(model, split, plan, policy.quantization.attention == "int8")
     notes = schedule_notes(model.source, model.scheduler_config) if model.own else ()
+    if pipeline is not None and opened_by_genai(pipeline, formats) and not has_openvino_tokenizers():
+        notes = (*notes, MISSING)
     return split, plan, (*notes, *remarks)
 
 

@@ -218,6 +218,7 @@ def _execution(facts: RunFacts, export: ExportRecord) -> Execution:
         float_layers=in_float,
         needs_vnni=export.needs_vnni,
         attention=export.attention,
+        any_size_int8=export.any_size_int8,
     )
 
 

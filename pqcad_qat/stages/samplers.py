@@ -45,8 +45,8 @@ from pqcad_qat.sampling.precision_by_time import StepsInFloat, by_time
 from pqcad_qat.sampling.trajectory import NoiseSchedule, distilled_steps, initial_noise, noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import MANIFEST
 from pqcad_qat.serving.manifest import PART_FOLDERS
-from pqcad_qat.serving.part_runtime import PictureDecoder
 from pqcad_qat.serving.runtime import OVUNet2DModel
+from pqcad_qat.serving.vae_runtime import PictureDecoder
 from pqcad_qat.timing.latency import compile_for_latency
 
 Float32 = npt.NDArray[np.float32]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pqcad_qat.data.images import pictures_digest
-from pqcad_qat.models.model_folder import DECODERS, TEXT_ENCODERS
+from pqcad_qat.models.families.family import TEXT_ENCODERS
+from pqcad_qat.models.model_folder import DECODERS
 from pqcad_qat.policy.deciding_keys import of_post_training, of_short_training, of_training
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import (

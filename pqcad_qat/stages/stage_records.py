@@ -98,6 +98,8 @@ class ExportRecord(StageRecord):
     # planned attention -> precision its matrix products executed in
     attention: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[PartParity, ...] = ()  # pipeline parts of the deployed folder
+    # planned layers that execute in INT8 where a runtime compiles the graph for any size; None for one of one size
+    any_size_int8: int | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from pqcad_qat.models.families.latent_rows import PLACES
 from pqcad_qat.policy.variants import FLOAT_STEPS, REFERENCE, VARIANTS
 from pqcad_qat.report.record import Hardware, Timing
 from pqcad_qat.serving.compiled_graph import compile_graph, reason, shared_core
-from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_bytes, float_graph, read_graph
+from pqcad_qat.serving.denoiser_graphs import float_graph, read_graph
+from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_bytes
 from pqcad_qat.serving.graph_inputs import port_values
 from pqcad_qat.timing.baseline_trials import Inputs
 from pqcad_qat.timing.hardware import hardware

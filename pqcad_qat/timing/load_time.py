@@ -14,7 +14,8 @@ import openvino as ov
 
 from pqcad_qat.report.benchmark_record import LoadTime
 from pqcad_qat.serving.compiled_graph import compile_graph
-from pqcad_qat.serving.deployed_folder import copy_folder, read_graph, read_manifest
+from pqcad_qat.serving.denoiser_graphs import read_graph
+from pqcad_qat.serving.deployed_folder import copy_folder, read_manifest
 from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.timing.latency import size_bytes, timing
 

@@ -21,7 +21,8 @@ from pqcad_qat.export.time_tables import TimestepTable
 from pqcad_qat.export.traceable_modules import QuantizedInput, effective_weights
 from pqcad_qat.machine.files import file_digest
 from pqcad_qat.sampling.schedulers import DDIM_KEYS
-from pqcad_qat.serving.deployed_folder import read_graph, read_manifest
+from pqcad_qat.serving.denoiser_graphs import read_graph
+from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
 INPUTS = {"bits": 8, "symmetric": False}

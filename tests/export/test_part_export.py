@@ -35,8 +35,9 @@ from pqcad_qat.models.vae import decoded, to_decoder
 from pqcad_qat.sampling.trajectory import noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import copy_folder, denoiser_bytes, read_manifest, tokenizer_of
 from pqcad_qat.serving.packing import WeightFormat
-from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder, scaled_latents
+from pqcad_qat.serving.part_runtime import PromptEncoder
 from pqcad_qat.serving.runtime import OVUNet2DModel
+from pqcad_qat.serving.vae_runtime import PictureDecoder, scaled_latents
 
 AUTO = {"vae": "auto", "text_encoder": "auto"}
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}

@@ -19,7 +19,7 @@ from vnni_here import VNNI
 from pqcad_qat.export.execution import execution_precision
 from pqcad_qat.export.proof import layer_parity
 from pqcad_qat.export.traceable_modules import needs_vnni
-from pqcad_qat.serving.deployed_folder import read_graph
+from pqcad_qat.serving.denoiser_graphs import read_graph
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
 W4, A8 = {"bits": 4}, {"bits": 8, "symmetric": False}

@@ -19,9 +19,14 @@ from pqcad_qat.models.families.latent_rows import packed
 from pqcad_qat.sampling.trajectory import initial_noise
 from pqcad_qat.serving.text_to_image import TextToImage
 
-ASKED = {"prompt": "a cat and two dogs", "negative": "a mat", "guidance": 2.5, "steps": 4, "seed": 7}
+ASKED = {"prompt": "a cat and a dog", "negative": "a mat", "guidance": 2.5, "steps": 4, "seed": 7}
 
 T5 = {"max_sequence_length": T5_TOKENS, "height": 16, "width": 16}
+
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+EPSILON = {**BETAS, "prediction_type": "epsilon", "set_alpha_to_one": False}
+SCHEDULES = {"stable-diffusion": EPSILON, "stable-diffusion-xl": {**BETAS, "prediction_type": "v_prediction"}}
+"""Schedules of Stable Diffusion, by kind of pipeline, with both predictions."""
 
 CALLED: Mapping[str, Mapping[str, Any]] = {
     "stable-diffusion": {"guidance_scale": ASKED["guidance"]},
@@ -38,7 +43,8 @@ def make(served: Path) -> None:
     noise.npy is (1, C, h, w), or packed for Flux; image.npy is uint8 (1, 3, H, W).
     """
     for kind, called in CALLED.items():
-        where = deployed(kind, served / kind, {"vae": "int8", "text_encoder": "int8-weights"})
+        formats = {"vae": "int8", "text_encoder": "int8-weights"}
+        where = deployed(kind, served / kind, formats, SCHEDULES.get(kind))
         pipeline = TextToImage.from_pretrained(where.folder, properties={"INFERENCE_PRECISION_HINT": "f32"})
         image = pipeline(ASKED["prompt"], ASKED["negative"], ASKED["guidance"], ASKED["steps"], seed=ASKED["seed"])
         np.save(served / kind / "image.npy", image)

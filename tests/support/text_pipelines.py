@@ -91,11 +91,15 @@ class DeployedPipeline:
     latents: Tensor
 
 
-def deployed(kind: str, folder: Path, asked: Mapping[str, str]) -> DeployedPipeline:
+def deployed(
+    kind: str, folder: Path, asked: Mapping[str, str], schedule: Mapping[str, Any] | None = None
+) -> DeployedPipeline:
     """Deploy the pipeline of that name without training: every denoiser layer at 7 bits, ranges from two states, its
-    parts in the formats `asked`.
+    parts in the formats `asked`; `schedule` changes keys of its scheduler's config.
     """
     source = PIPELINES[kind](folder)
+    config = source / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **(schedule or {})}))
     full = load_model(str(source))
     model = copy.deepcopy(full.denoiser)
     tokens = TEXT_TOKENS.get(kind, TOKENS)

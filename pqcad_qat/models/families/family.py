@@ -21,6 +21,9 @@ Part = Literal["unet", "transformer"]
 DENOISER_FOLDERS: tuple[str, ...] = get_args(Part)
 """Folders of a pipeline that may hold its denoiser, as diffusers and optimum-intel name them."""
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Folders of a pipeline's text encoders, in diffusers' pipelines and in deployed folders."""
+
 TEXT = "encoder_hidden_states"
 """Name of the condition that holds the text as a sequence of token embeddings."""
 
@@ -80,11 +83,13 @@ class Pipeline:
         name: diffusers' class.
         prompts: how it turns a prompt into conditions; None where it takes no prompt.
         scaling: the keys of SCALING in its VAE's config that it uses.
+        genai: whether OpenVINO GenAI has a pipeline of this class.
     """
 
     name: str
     prompts: PromptLayout | None = None
     scaling: tuple[str, ...] = ()
+    genai: bool = False
 
 
 def _called(denoiser: Any, x_t: Any, t: Any, condition: dict[str, Any]) -> Any:
@@ -115,7 +120,9 @@ class Family:
         resizable: whether x_t may have another size than the config's.
         scheduler: function (scheduler config, height and width of x_t, file name) -> the config with what the pipeline
             adds.
-        rotations: classes of modules that compute only from patch positions, and so are constants of a graph.
+        rotations: classes of modules that compute only from patch positions, and so are constants of a graph of one
+            size.
+        float_ports: conditions of whole numbers that a graph takes as float32, as diffusers' pipelines pass them.
         runtime: module and class that stand for the denoiser in a deployed folder's model_index.json.
     """
 
@@ -135,6 +142,7 @@ class Family:
     resizable: bool = False
     scheduler: Callable[[Config, tuple[int, int], str], dict[str, Any]] = lambda config, *_: dict(config)
     rotations: tuple[str, ...] = ()
+    float_ports: tuple[str, ...] = ()
     runtime: tuple[str, str] = ("pqcad_qat.serving.runtime", "OVUNet2DModel")
 
     @property

@@ -108,6 +108,7 @@ FAMILY = Family(
                 guidance=3.5,
             ),
             scaling=("shift_factor",),
+            genai=True,
         ),
     ),
     call=_called,

@@ -161,6 +161,7 @@ FAMILY = Family(
                 encoders=("text_encoder",),
                 conditions=_prompt,
             ),
+            genai=True,
         ),
         Pipeline(
             "StableDiffusionXLPipeline",
@@ -175,8 +176,10 @@ FAMILY = Family(
                 conditions=_prompt_of_xl,
             ),
             scaling=("latents_mean", "latents_std"),
+            genai=True,
         ),
     ),
     held_in={"text_embeds": "added_cond_kwargs", "time_ids": "added_cond_kwargs"},
     resizable=True,
+    float_ports=("time_ids",),
 )

@@ -89,6 +89,7 @@ FAMILY = Family(
                 before_t5="text_encoder",
             ),
             scaling=("shift_factor",),
+            genai=True,
         ),
     ),
     resizable=True,

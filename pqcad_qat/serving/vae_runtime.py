@@ -1,0 +1,181 @@
+"""Running of a deployed folder's VAE: latents to pictures, and pictures to latents.
+
+Not here: the denoiser (runtime.py), how parts are made (part_export.py), or how a pipeline uses them
+(text_to_image.py). Needs openvino and numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.json_files import read_json, shown
+from pqcad_qat.serving.compiled_graph import Requests, compile_graph, shared_core
+from pqcad_qat.serving.graph_checks import port_of
+from pqcad_qat.serving.manifest import CONFIG, GRAPH, PART_FOLDERS, VAE_ENCODER
+from pqcad_qat.serving.part_runtime import read_part, reshape_part
+from pqcad_qat.serving.per_size import PerSize, Size
+from pqcad_qat.serving.runtime import Float32
+
+MOST_BLOCKS, MOST_SCALE = 12, 1e9
+"""Largest number of blocks, and upper bound on the magnitude of scaling values, in a VAE's config."""
+
+
+class PictureDecoder:
+    """The VAE's decoder, compiled for one picture at a time; any number of threads may call it.
+
+    Attributes:
+        config: diffusers' config of the VAE.
+        factor: ratio of a picture's side in pixels to the side of its latents.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sample_shape: tuple[int, int, int],
+        device: str = "CPU",
+        properties: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Load the decoder, and compile it for latents of this shape.
+
+        Args:
+            folder: the deployed folder.
+            sample_shape: shape (C, h, w) of the latents.
+            device: OpenVINO's name of the device.
+            properties: OpenVINO properties that override the defaults.
+
+        Raises:
+            ModelError: the files cannot be read, or do not decode latents of this shape.
+        """
+        self._part = folder / PART_FOLDERS["vae"]
+        self._channels, *size = sample_shape
+        self.config, self.factor = _vae_config(self._part, self._channels)
+        self._device, self._properties = device, properties
+        self._sizes = PerSize(self._compile)
+        self._sizes.at((size[0], size[1]))
+
+    def __call__(self, latents: Float32) -> Float32:
+        """Decode latents (N, C, h, w), as the denoiser returns them, to pictures (N, 3, H, W) in about [-1, 1].
+
+        Raises:
+            ModelError: the graph does not take latents of this size.
+        """
+        scaled, requests = scaled_latents(self.config, latents), self._sizes.at(latents.shape[2:])
+        return np.concatenate(
+            [requests.infer({"latent_sample": single}, [0])[0] for single in np.split(scaled, len(scaled))]
+        )
+
+    def _compile(self, size: Size) -> Requests:
+        graph, shape = read_part(self._part, {"latent_sample"}), (self._channels, *size)
+        reshape_part(graph, (1, *shape), self._part)
+        pictures = ([1, 3, *(self.factor * side for side in size)], "float32")
+        if (output := port_of(graph.outputs[0])) != pictures:
+            raise ModelError(f"{self._part / GRAPH}: got the output {output}; allowed {pictures}, of latents {shape}")
+        return Requests(compile_graph(graph, shared_core(), self._device, self._properties))
+
+
+class PictureEncoder:
+    """The VAE's encoder, compiled for one picture at a time; any number of threads may call it."""
+
+    def __init__(
+        self, folder: Path, channels: int, device: str = "CPU", properties: Mapping[str, Any] | None = None
+    ) -> None:
+        """Open the encoder; it is compiled for a size when the first picture of it comes.
+
+        Args:
+            folder: the deployed folder.
+            channels: number of channels of the latents.
+            device: OpenVINO's name of the device.
+            properties: OpenVINO properties that override the defaults.
+
+        Raises:
+            ModelError: the config cannot be read.
+        """
+        self._part = folder / VAE_ENCODER
+        self._config, self._factor = _vae_config(self._part, channels)
+        self._channels = channels
+        self._device, self._properties = device, properties
+        self._sizes = PerSize(self._compile)
+
+    def __call__(self, pictures: Float32) -> Float32:
+        """Encode pictures (N, 3, H, W) in [-1, 1] to latents (N, C, h, w) as the denoiser takes them: the mean of those
+        that the VAE allows.
+
+        Raises:
+            ModelError: the graph does not take pictures of this size.
+        """
+        requests = self._sizes.at(pictures.shape[2:])
+        found = [requests.infer({"sample": single}, [0])[0] for single in np.split(pictures, len(pictures))]
+        return unscaled_latents(self._config, np.concatenate(found)[:, : self._channels])
+
+    def _compile(self, size: Size) -> Requests:
+        graph = read_part(self._part, {"sample"})
+        reshape_part(graph, (1, 3, *size), self._part)
+        latents = ([1, 2 * self._channels, *(side // self._factor for side in size)], "float32")
+        if (output := port_of(graph.outputs[0])) != latents:
+            raise ModelError(f"{self._part / GRAPH}: got the output {output}; allowed {latents}, of pictures {size}")
+        return Requests(compile_graph(graph, shared_core(), self._device, self._properties))
+
+
+def _vae_config(part: Path, channels: int) -> tuple[dict[str, Any], int]:
+    """Config of a VAE, and the ratio of a picture's side to that of its latents.
+
+    Raises:
+        ModelError: the config cannot be read, or not be used.
+    """
+    config = read_json(part / CONFIG)
+    blocks = config.get("block_out_channels")
+    if not isinstance(blocks, list) or not 1 <= len(blocks) <= MOST_BLOCKS:
+        raise ModelError(
+            f"{part / CONFIG}: block_out_channels: got {shown(blocks)}; allowed a list of 1 to {MOST_BLOCKS}"
+        )
+    _check_scale(config, channels, part / CONFIG)
+    return config, 2 ** (len(blocks) - 1)
+
+
+def scaled_latents(config: Mapping[str, Any], latents: Float32) -> Float32:
+    """Scale a denoiser's latents (N, C, h, w) to those that its VAE takes.
+
+    Where the config has a mean and deviation for each channel, they are applied too.
+    """
+    mean, deviation = (config.get(key) for key in ("latents_mean", "latents_std"))
+    scaled = np.asarray(latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0), np.float32)
+    if mean is None or deviation is None:
+        return scaled
+    spread, middle = (np.asarray(value, np.float32).reshape(1, -1, 1, 1) for value in (deviation, mean))
+    return np.asarray(scaled * spread + middle, np.float32)
+
+
+def unscaled_latents(config: Mapping[str, Any], latents: Float32) -> Float32:
+    """Scale latents (N, C, h, w) of a VAE's encoder to those of a denoiser: the inverse of `scaled_latents`."""
+    mean, deviation = (config.get(key) for key in ("latents_mean", "latents_std"))
+    if mean is not None and deviation is not None:
+        spread, middle = (np.asarray(value, np.float32).reshape(1, -1, 1, 1) for value in (deviation, mean))
+        latents = (latents - middle) / spread
+    return np.asarray((latents - (config.get("shift_factor") or 0.0)) * config["scaling_factor"], np.float32)
+
+
+def _check_scale(config: Mapping[str, Any], channels: int, path: Path) -> None:
+    """Raise ModelError for a VAE's config that `scaled_latents` cannot use."""
+    rules = {
+        "scaling_factor": (
+            _is_number(config.get("scaling_factor")) and bool(config["scaling_factor"]),
+            "a number other than 0",
+        ),
+        "shift_factor": (config.get("shift_factor") is None or _is_number(config["shift_factor"]), "null or a number"),
+    }
+    for key in ("latents_mean", "latents_std"):
+        values = config.get(key)
+        numbers = isinstance(values, list) and len(values) == channels and all(map(_is_number, values))
+        rules[key] = (values is None or numbers, f"null or {channels} numbers, one a channel")
+    for key, (fits, allowed) in rules.items():
+        if not fits:
+            raise ModelError(f"{path}: {key}: got {shown(config.get(key))}; allowed {allowed}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < MOST_SCALE
