@@ -62,7 +62,7 @@ def _set_size(graph: ov.Model, manifest: Mapping[str, Any], path: Path, size: Si
     except UNREADABLE as error:
         raise ModelError(
             f"{path}: got latents of {'x'.join(map(str, sides))}, which its graph does not take: {reason(error)}; "
-            "allowed sides that its levels can halve"
+            "allowed sides that its levels can halve, within its table of positions where it has one"
         ) from error
 
 

@@ -113,7 +113,7 @@ def test_two_encoders_give_the_embeddings_of_diffusers(
 ) -> None:
     states, other_states, pooled, other_pooled = encoded(large, LONG, negative)
     found = ours_large.embeddings(LONG)
-    other = ours_large._unconditional(found, negative)
+    other = ours_large._unconditional(found, [negative], (8, 8), 1)
     for name, one, two in (("encoder_hidden_states", states, other_states), ("text_embeds", pooled, other_pooled)):
         np.testing.assert_allclose(found[name], one.numpy(), atol=5e-3, err_msg=name)
         np.testing.assert_allclose(other[name], two.numpy(), atol=5e-3, err_msg=name)

@@ -43,7 +43,14 @@ def class_unet(**more: Any) -> nn.Module:
 
 def text_unet(**more: Any) -> nn.Module:
     """A UNet like Stable Diffusion 1.5's, with cross attention to text."""
-    return UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, **CROSS, **more)
+    return UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, **{**CROSS, **more})
+
+
+def two_level_unet() -> nn.Module:
+    """A UNet like Stable Diffusion 2's, with a level of half the size."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "block_out_channels": (16, 32)}
+    blocks |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": (2, 4)}
+    return text_unet(use_linear_projection=True, **blocks)
 
 
 def text_and_size_unet(**more: Any) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conditional_models import SCHEDULERS, dit, flux, pixart, sd3, text_and_size_unet, text_unet
+from conditional_models import SCHEDULERS, dit, flux, pixart, sd3, text_and_size_unet, text_unet, two_level_unet
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -28,7 +28,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from tiny_runs import SCHEDULER
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -84,18 +84,26 @@ class DeployedPipeline:
         source: parts of the pipeline in diffusers' layout.
         folder: deployed folder, for 3 sampling steps and guidance.
         latents: latents (N, 4, 8, 8) with which its VAE was exported.
+        model: the denoiser in PyTorch as it was deployed.
     """
 
     source: PipelineParts
     folder: Path
     latents: Tensor
+    model: nn.Module
 
 
 def deployed(
-    kind: str, folder: Path, asked: Mapping[str, str], schedule: Mapping[str, Any] | None = None
+    kind: str,
+    folder: Path,
+    asked: Mapping[str, str],
+    schedule: Mapping[str, Any] | None = None,
+    *,
+    bits: int | None = 7,
 ) -> DeployedPipeline:
-    """Deploy the pipeline of that name without training: every denoiser layer at 7 bits, ranges from two states, its
-    parts in the formats `asked`; `schedule` changes keys of its scheduler's config.
+    """Deploy the pipeline of that name without training: weights of every denoiser layer at so many bits (None: all in
+    floating point), ranges from two states, its parts in the formats `asked`; `schedule` changes keys of its
+    scheduler's config.
     """
     source = PIPELINES[kind](folder)
     config = source / "scheduler" / "scheduler_config.json"
@@ -113,9 +121,10 @@ def deployed(
         for w in inputs
     }
     x = torch.randn(2, *full.sample_shape, generator=dice)
-    rule = {"match": ["*"], "weights": {"bits": 7}, "inputs": {"bits": 8, "symmetric": False}}
-    quantize_model(model, plan_layers(model, numbered([LayerRule.model_validate(rule)]), (7,), full.example))
-    calibrate_ranges(model, [(x, torch.tensor([40, 999]), given)])
+    if bits is not None:
+        rule = {"match": ["*"], "weights": {"bits": bits}, "inputs": {"bits": 8, "symmetric": False}}
+        quantize_model(model, plan_layers(model, numbered([LayerRule.model_validate(rule)]), (bits,), full.example))
+        calibrate_ranges(model, [(x, torch.tensor([40, 999]), given)])
     parts = pipeline_parts(source)
     assert parts is not None
     latents = torch.randn(8, *full.sample_shape, generator=dice)
@@ -126,7 +135,7 @@ def deployed(
         model, scheduler, layers, full.sample_shape, batch_size=2, conditions=inputs, pipeline_parts=deployable
     )
     export_model(request, path)
-    return DeployedPipeline(parts, path, latents)
+    return DeployedPipeline(parts, path, latents, model)
 
 
 FLOAT = {"vae": "float", "text_encoder": "float"}
@@ -160,6 +169,23 @@ def stable_diffusion(folder: Path) -> Path:
         text_encoder=CLIPTextModel(_text_config(WIDTH)).eval(),
         tokenizer=tokenizer(folder / "words"),
         unet=text_unet().eval(),
+        scheduler=DDIMScheduler.from_config(SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder / "pipeline", safe_serialization=True)
+    return folder / "pipeline"
+
+
+def stable_diffusion_2(folder: Path) -> Path:
+    """StableDiffusionPipeline like Stable Diffusion 2's, whose UNet has a level of half the size."""
+    torch.manual_seed(0)
+    pipeline = StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(_text_config(WIDTH, hidden_act="gelu")).eval(),
+        tokenizer=tokenizer(folder / "words", pad_token="!"),
+        unet=two_level_unet().eval(),
         scheduler=DDIMScheduler.from_config(SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
@@ -281,6 +307,7 @@ def _text_config(width: int, **more: Any) -> CLIPTextConfig:
 
 PIPELINES = {
     "stable-diffusion": stable_diffusion,
+    "stable-diffusion-2": stable_diffusion_2,
     "stable-diffusion-xl": stable_diffusion_xl,
     "stable-diffusion-3": stable_diffusion_3,
     "flux": flux_dev,
