@@ -18,8 +18,9 @@ class PartParity:
         part: name of its folder: vae_decoder, text_encoder, ...
         format: format of the part: "float", "int8-weights" or "int8".
         size_bytes: size of its files in bytes.
-        psnr: PSNR in dB against full precision. For a VAE it is that of pictures decoded from the calibration set's
-            latents, for a text encoder that of the last hidden state on random tokens.
+        psnr: PSNR in dB against full precision. For a VAE's decoder it is that of pictures decoded from the calibration
+            set's latents, for its encoder that of these pictures' latents, for a text encoder that of the last hidden
+            state on random tokens.
     """
 
     part: str

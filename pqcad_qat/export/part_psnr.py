@@ -18,10 +18,12 @@ from pqcad_qat.export.part_export import PartsToDeploy, deployed_name
 from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.export.proof import end_to_end_psnr
 from pqcad_qat.models.model_folder import DECODERS
-from pqcad_qat.models.pipeline_parts import T5
+from pqcad_qat.models.pipeline_parts import T5, VAE
 from pqcad_qat.models.vae import decoded
+from pqcad_qat.serving.deployed_folder import unverified_manifest
+from pqcad_qat.serving.manifest import VAE_ENCODER
 from pqcad_qat.serving.part_runtime import PromptEncoder
-from pqcad_qat.serving.vae_runtime import PictureDecoder
+from pqcad_qat.serving.vae_runtime import PictureDecoder, PictureEncoder, unscaled_latents
 
 PICTURES, TEXTS = 4, 8
 """Number of latents of the calibration set that are decoded, and number of rows of seeded random tokens that are
@@ -37,11 +39,28 @@ def part_parity(deployable: PartsToDeploy, folder: Path) -> tuple[PartParity, ..
     """
     parities = []
     for part, form in deployable.formats.items():
-        files = (path for path in (folder / deployed_name(part)).rglob("*") if path.is_file())
         decodes = part in DECODERS
         psnr = _picture_psnr(deployable, folder, part) if decodes else _text_psnr(deployable, part, folder)
-        parities.append(PartParity(deployed_name(part), form, sum(path.stat().st_size for path in files), psnr))
+        parities.append(PartParity(deployed_name(part), form, _size(folder / deployed_name(part)), psnr))
+    if VAE_ENCODER in (parts := unverified_manifest(folder).get("parts", {})):
+        psnr, size = _latent_psnr(deployable, folder), _size(folder / VAE_ENCODER)
+        parities.append(PartParity(VAE_ENCODER, parts[VAE_ENCODER]["format"], size, psnr))
     return tuple(parities)
+
+
+def _size(folder: Path) -> int:
+    """Size of all files below a folder, in bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@torch.no_grad()
+def _latent_psnr(deployable: PartsToDeploy, folder: Path) -> float:
+    """PSNR in dB of the mean latents of the pictures that the calibration set's latents decode to."""
+    latents = deployable.latents[:PICTURES]
+    vae: Any = deployable.source.load(VAE)
+    pictures = decoded(vae, latents)
+    found = PictureEncoder(folder, latents.shape[1])(pictures.numpy())
+    return end_to_end_psnr(found, unscaled_latents(dict(vae.config), vae.encode(pictures).latent_dist.mode().numpy()))
 
 
 def _picture_psnr(deployable: PartsToDeploy, folder: Path, part: str) -> float:

@@ -77,21 +77,19 @@ class CompiledSizes:
         self.own = self._compile(None)
 
     def at(self, shape: Sequence[int]) -> CompiledDenoiser:
-        """The denoiser for samples of this shape (C, H, W).
+        """The denoiser for samples of this shape (B, C, H, W).
 
         Raises:
             ModelError: the folder has no such samples, or OpenVINO cannot compile for them.
         """
-        own = self._manifest["sample_shape"]
-        if list(shape) == own:
+        channels, *own = self._manifest["sample_shape"]
+        if list(shape[1:]) == [channels, *own] and shape[0]:
             return self.own
         any_size = self._manifest.get("any_size", False)
-        if not any_size or len(shape) != 3 or shape[0] != own[0]:
-            sides = "any height, any width" if any_size else f"{own[1]}, {own[2]}"
-            raise ModelError(
-                f"{self._folder}: samples: got shape (B, {', '.join(map(str, shape))}); allowed (B, {own[0]}, {sides})"
-            )
-        return self._others.at((shape[1], shape[2]))
+        if not any_size or len(shape) != 4 or shape[1] != channels or not shape[0]:
+            sides = "any height, any width" if any_size else ", ".join(map(str, own))
+            raise ModelError(f"{self._folder}: samples: got shape {tuple(shape)}; allowed (B, {channels}, {sides})")
+        return self._others.at((shape[2], shape[3]))
 
     def _compile(self, size: Size | None) -> CompiledDenoiser:
         core = shared_core()

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.sampling.ddpm_schedule import Walk
+from pqcad_qat.sampling.flow import FlowSchedule
 from pqcad_qat.sampling.trajectory import NoiseSchedule
 from pqcad_qat.serving.per_size import Size
 
@@ -45,18 +47,20 @@ class Beginning:
         """Height and width of the picture."""
         return cast(Size, self.picture.shape[2:])
 
-    def steps(self, of_all: int) -> int:
-        """Number of sampling steps, of so many in all.
+    def first_step(self, of_all: int, *, flow: bool) -> int:
+        """Number of sampling steps that are left out at the beginning, of so many in all.
+
+        diffusers rounds the number of steps that are made down, but for flow matching up.
 
         Raises:
-            ModelError: there are none.
+            ModelError: no step is made.
         """
-        made = min(int(of_all * self.strength), of_all)
-        if made < 1:
+        first = int(of_all - of_all * self.strength) if flow else of_all - int(of_all * self.strength)
+        if first >= of_all:
             raise ModelError(
                 f"strength: got {self.strength:g}, none of {of_all} steps; allowed {1 / of_all:g} and more"
             )
-        return made
+        return first
 
 
 def beginning(image: Any, mask: Any, strength: float | None, size: Size | None, *, factor: int) -> Beginning | None:
@@ -116,6 +120,10 @@ class Changes:
     latents: Float32
     noise: Float32
     schedule: NoiseSchedule
+
+    def walk(self, walk: Walk) -> Walk:
+        """The sampling steps that are made, of all."""
+        return walk[self.start.first_step(len(walk), flow=isinstance(self.schedule, FlowSchedule)) :]
 
     def begun(self, t: float) -> Float32:
         """States (N, C, h, w) from which sampling begins at time t."""

@@ -213,12 +213,7 @@ class OVUNet2DModel(StandIn):
         Raises:
             ModelError: as `__call__`.
         """
-        if sample.ndim != 4 or not len(sample):
-            raise ModelError(
-                f"{self.folder}: samples: got shape {sample.shape}; "
-                f"allowed (B, {', '.join(map(str, self.sample_shape))})"
-            )
-        compiled = self._sizes.at(sample.shape[1:])
+        compiled = self._sizes.at(sample.shape)
         whole = [
             sample,
             self._timesteps(np.asarray(timestep), len(sample)),

@@ -177,7 +177,7 @@ class TextToImage:
         x = initial_noise(seed, 0, len(prompts) * count, (self.denoiser.sample_shape[0], *latents))
         changes = None if start is None else Changes(start, self._encoded(start.picture), x, schedule)
         if changes is not None:
-            walk = walk[-changes.start.steps(taken) :]
+            walk = changes.walk(walk)
             x = changes.begun(walk[0][0])
         for step, later in zip_longest(walk, walk[1:]):
             if stop():

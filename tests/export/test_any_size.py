@@ -71,7 +71,7 @@ def predicted(model: torch.nn.Module, x: np.ndarray, t: float, conditions: Mappi
         return predict(model, torch.from_numpy(x), time if "guidance" in whole else time.long(), whole).numpy()
 
 
-@pytest.mark.parametrize(("count", "size"), [(2, (8, 8)), (3, (16, 8)), (1, (12, 16))])
+@pytest.mark.parametrize(("count", "size"), [(3, (16, 8)), (1, (12, 16))])
 def test_it_predicts_what_pytorch_predicts_at_every_size(
     where: DeployedPipeline, count: int, size: tuple[int, int]
 ) -> None:
@@ -129,7 +129,7 @@ def test_a_size_that_the_levels_cannot_halve_is_refused(tmp_path_factory: pytest
     with pytest.raises(ModelError, match=r"got latents of 9x8, which its graph does not take: .*; allowed sides"):
         OVUNet2DModel.from_pretrained(folder).predict(x, t, conditions)
     x, t, conditions = inputs_of(folder, 1, (8, 8))
-    with pytest.raises(ModelError, match=r"got shape \(B, 3, 8, 8\); allowed \(B, 4, any height, any width\)"):
+    with pytest.raises(ModelError, match=r"got shape \(1, 3, 8, 8\); allowed \(B, 4, any height, any width\)"):
         OVUNet2DModel.from_pretrained(folder).predict(x[:, :3], t, conditions)
 
 

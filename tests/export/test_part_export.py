@@ -26,6 +26,7 @@ from text_pipelines import T5_TOKENS, TOKENS, DeployedPipeline, deployed, float_
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from pqcad_qat.errors import ExportError, ModelError
+from pqcad_qat.export.genai_tokenizers import GENAI_TOKENIZER
 from pqcad_qat.export.part_export import PartFormat, PartsToDeploy, chosen_formats, pipeline_index, write_parts
 from pqcad_qat.export.part_psnr import part_parity
 from pqcad_qat.models.families.family import ConditionInput, condition_inputs
@@ -37,7 +38,7 @@ from pqcad_qat.serving.deployed_folder import copy_folder, denoiser_bytes, read_
 from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.serving.part_runtime import PromptEncoder
 from pqcad_qat.serving.runtime import OVUNet2DModel
-from pqcad_qat.serving.vae_runtime import PictureDecoder, scaled_latents
+from pqcad_qat.serving.vae_runtime import PictureDecoder, PictureEncoder, scaled_latents, unscaled_latents
 
 AUTO = {"vae": "auto", "text_encoder": "auto"}
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -164,12 +165,71 @@ def test_the_index_names_the_pipeline_and_what_is_there(
     index, original = (
         json.loads((folder / "model_index.json").read_text()) for folder in (where.folder, where.source.folder)
     )
-    assert index.pop("unet") == ["pqcad_qat.serving.runtime", "OVUNet2DModel"]
-    assert original.pop("unet") == ["diffusers", "UNet2DConditionModel"]
-    assert index == original
+    assert index == original  # OpenVINO GenAI knows diffusers' classes alone
     for name, entry in index.items():
         if isinstance(entry, list) and entry[0] is not None:
             assert (where.folder / name.replace("vae", "vae_decoder")).is_dir()
+
+
+def test_where_genai_does_not_open_it_the_index_names_our_runtime_for_diffusers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    index = json.loads((float_pipeline("pixart", tmp_path_factory).folder / "model_index.json").read_text())
+    assert index["transformer"] == ["pqcad_qat.serving.runtime", "OVUNet2DModel"]
+
+
+PROMPTS = (
+    "",
+    PROMPT,
+    "A cat,  and a dog!",
+    "a cat on a dog, and a cat, and a dog, and a cat",
+    "ein Käse \u2192 \U0001f408",
+)
+
+
+@pytest.mark.parametrize("kind", ["stable-diffusion-xl", "stable-diffusion-3"])
+def test_the_tokenizers_of_genai_read_prompts_as_ours_do(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("openvino_tokenizers")  # importing it lets OpenVINO read its operations
+    where = float_pipeline(kind, tmp_path_factory)
+    for part in where.source.text_encoders:
+        encoder = PromptEncoder(where.folder, part)
+        graph = ov.compile_model(where.folder / tokenizer_of(part) / GENAI_TOKENIZER, "CPU")
+        for prompt in PROMPTS:
+            found = graph([prompt])["input_ids"][0].tolist()
+            ids = encoder.ids(prompt)[0].tolist()
+            assert found == ids[: len(found)], (part, prompt)
+            assert set(ids[len(found) :]) <= {ids[-1]}  # padding, which GenAI adds itself
+
+
+def test_without_the_library_a_folder_has_no_such_tokenizers(
+    narrow: DeployedPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pqcad_qat.export.genai_tokenizers.find_spec", lambda _: None)
+    write_parts(PartsToDeploy(narrow.source, {"vae": "float", "text_encoder": "float"}, narrow.latents), tmp_path)
+    assert not (tmp_path / "tokenizer" / GENAI_TOKENIZER).exists()
+    assert (tmp_path / "vae_encoder" / "openvino_model.xml").is_file()
+
+
+def test_the_vaes_encoder_gives_the_latents_of_diffusers(plain: DeployedPipeline) -> None:
+    pictures = decoded(plain.source.load(VAE), plain.latents)[:3]
+    vae: Any = plain.source.load(VAE)
+    with torch.no_grad():
+        wanted = vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor
+    found = PictureEncoder(plain.folder, 4, properties=F32)(pictures.numpy())
+    np.testing.assert_allclose(found, wanted.numpy(), atol=5e-3)
+    assert unscaled_latents({"scaling_factor": 0.5, "shift_factor": 0.25}, found).shape == found.shape
+    config = {"scaling_factor": 0.5, "shift_factor": 0.25, "latents_mean": MEAN, "latents_std": DEVIATION}
+    np.testing.assert_allclose(unscaled_latents(config, scaled_latents(config, found)), found, atol=1e-5)
+
+
+def test_the_report_has_the_size_and_the_psnr_of_every_part(narrow: DeployedPipeline, plain: DeployedPipeline) -> None:
+    formats = {name: entry["format"] for name, entry in read_manifest(narrow.folder)["parts"].items()}
+    parts = PartsToDeploy(narrow.source, {"vae": "int8", "text_encoder": "int8-weights"}, narrow.latents)
+    found = {parity.part: parity for parity in part_parity(parts, narrow.folder)}
+    assert {name: parity.format for name, parity in found.items()} == formats
+    assert found["vae_encoder"].psnr is not None
+    assert found["vae_encoder"].psnr > 60 > (found["vae_decoder"].psnr or 0) > 25
+    assert all(parity.size_bytes > 1000 for parity in found.values())
 
 
 def test_what_is_left_out_is_null_in_the_index(narrow: DeployedPipeline) -> None:
@@ -187,6 +247,7 @@ def test_the_manifest_says_what_each_part_is_and_holds_every_files_digest(narrow
     manifest = read_manifest(narrow.folder)
     assert manifest["parts"] == {
         "vae_decoder": {"class": "AutoencoderKL", "format": "int8"},
+        "vae_encoder": {"class": "AutoencoderKL", "format": "float"},
         "text_encoder": {"class": "CLIPTextModel", "format": "int8-weights"},
     }
     assert {"vae_decoder/openvino_model.bin", "text_encoder/openvino_model.xml", "tokenizer/tokenizer.json"} < manifest[

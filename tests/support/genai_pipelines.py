@@ -1,7 +1,7 @@
 """A check of deployed text-to-image folders in OpenVINO GenAI: it makes the pictures of this package's runtime, and the
 graph that it opens executes in INT8.
 
-`tox -e check,genai` runs it where openvino-genai is installed and nothing else, on folders that `served_for_genai` made.
+`tox -e check,genai` runs it where openvino-genai alone is installed, on folders that `served_for_genai` made.
 """
 
 from __future__ import annotations

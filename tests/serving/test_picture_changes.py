@@ -1,0 +1,172 @@
+"""Pictures that begin from a picture: those of diffusers' pipelines around the same denoiser. Several prompts, sizes,
+and stopping.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import diffusers
+from conditional_models import SCHEDULERS
+from text_pipelines import DeployedPipeline, float_pipeline
+from tiny_runs import SCHEDULER
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
+from pqcad_qat.serving.picture_changes import Changes, beginning
+from pqcad_qat.serving.runtime import OVUNet2DModel
+from pqcad_qat.serving.text_to_image import TextToImage
+from pqcad_qat.serving.transformer import OVTransformer2DModel
+
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+SIZE = (24, 16)
+ROWS, COLUMNS = np.mgrid[: SIZE[0], : SIZE[1]]
+IMAGE = np.uint8(127.5 + 127.5 * np.stack([np.sin(ROWS / 3), np.cos(COLUMNS / 2), np.sin(ROWS / 5 + COLUMNS)], -1))
+MASK = np.uint8(255 * (COLUMNS < 8))
+
+CLASSES = {
+    "stable-diffusion": ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", OVUNet2DModel),
+    "stable-diffusion-3": ("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", OVTransformer2DModel),
+}
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def where(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DeployedPipeline:
+    return float_pipeline(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def ours(where: DeployedPipeline) -> TextToImage:
+    return TextToImage.from_pretrained(where.folder, properties=F32)
+
+
+def of_diffusers(
+    where: DeployedPipeline, ours: TextToImage, monkeypatch: pytest.MonkeyPatch, *, masked: bool, **asked: Any
+) -> np.ndarray:
+    """Pictures (N, 3, H, W) from 0 to 255 of diffusers' pipeline, with the same latents, noise and text."""
+    names = CLASSES["stable-diffusion-3" if where.source.has("text_encoder_3") else "stable-diffusion"]
+    of_class = getattr(diffusers, names[masked])
+    theirs = of_class.from_pretrained(where.source.folder)
+    part = "transformer" if hasattr(theirs, "transformer") else "unet"
+    theirs.register_modules(**{part: names[2].from_pretrained(where.folder, properties=F32)})
+    theirs.set_progress_bar_config(disable=True)
+    noise = torch.from_numpy(initial_noise(5, 0, 1, (4, 12, 8)))
+    # the VAE's latents are their mean, the noise ours
+    monkeypatch.setattr("diffusers.models.autoencoders.vae.randn_tensor", lambda shape, **_: torch.zeros(tuple(shape)))
+    monkeypatch.setattr(f"{of_class.__module__}.randn_tensor", lambda *_, **__: noise)
+    picture = torch.from_numpy(IMAGE.transpose(2, 0, 1)[None] / 127.5 - 1).float()
+    given: dict[str, Any] = {"image": picture, "output_type": "np", "height": SIZE[0], "width": SIZE[1]}
+    if masked:
+        given["mask_image"] = torch.from_numpy(MASK[None, None] / 255.0).float()
+    elif part == "unet":
+        del given["height"], given["width"]
+    if part == "transformer":
+        given["max_sequence_length"] = 10
+    found: Any = theirs("a cat", negative_prompt="a dog", guidance_scale=2.5, num_inference_steps=4, **given, **asked)
+    return 255 * found.images.transpose(0, 3, 1, 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("masked", "strength"), [(False, 0.5), (False, 0.9), (True, 0.75), (True, 1.0)])
+def test_it_is_the_picture_of_diffusers(
+    where: DeployedPipeline, ours: TextToImage, monkeypatch: pytest.MonkeyPatch, masked: bool, strength: float
+) -> None:
+    if masked and where.source.has("text_encoder_3"):
+        pytest.skip("diffusers' class takes latents of 16 channels alone; GenAI's pictures are compared")
+    wanted = of_diffusers(where, ours, monkeypatch, masked=masked, strength=strength)
+    mask = MASK if masked else None
+    found = ours("a cat", "a dog", 2.5, 4, seed=5, image=IMAGE, mask=mask, strength=strength)
+    assert found.shape == wanted.shape == (1, 3, *SIZE)
+    assert found.std() > 10
+    # text in float16 weights; INT8 values beside a rounding boundary fall to either side of it
+    assert np.abs(found - wanted).mean() < 3
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_outside_the_mask_the_states_are_the_pictures_own(flow: bool) -> None:
+    config = SCHEDULERS["sd3"] if flow else SCHEDULER
+    start, schedule = beginning(IMAGE, MASK, None, None, factor=2), noise_schedule(config)
+    assert start is not None
+    latents, noise, x = (
+        np.random.default_rng(seed).standard_normal((1, 4, 12, 8)).astype(np.float32) for seed in range(3)
+    )
+    changes = Changes(start, latents, noise, schedule)
+    for time, own in ((500.0, schedule.noised(latents, noise, 500.0)), (None, latents)):
+        kept = changes.kept(x, time)
+        np.testing.assert_array_equal(kept[..., :4], x[..., :4])
+        np.testing.assert_allclose(kept[..., 4:], own[..., 4:], rtol=1e-6)
+    assert 0.1 < np.abs(schedule.noised(latents, noise, 500.0) - latents).mean() < 1
+
+
+def test_pictures_of_several_prompts_are_those_of_each_alone(ours: TextToImage) -> None:
+    both = ours(["a cat", "a dog"], ["a dog", ""], 2.0, 3, seed=3, count=2)
+    assert both.shape == (4, 3, 16, 16)
+    alone = ours("a cat", "a dog", 2.0, 3, seed=3, count=2)
+    np.testing.assert_array_equal(both[:2], alone)
+    assert (both[2:] != both[:2]).any()
+    with pytest.raises(ModelError, match="prompts: got 2 and 1 negative ones; allowed one or more"):
+        ours(["a cat", "a dog"], ["a dog"])
+
+
+def test_a_size_is_that_of_the_pictures_and_the_folders_own_stays(ours: TextToImage) -> None:
+    own = ours("a cat", seed=1)
+    assert ours("a cat", seed=1, size=SIZE).shape == (1, 3, *SIZE)
+    np.testing.assert_array_equal(ours("a cat", seed=1), own)
+    with pytest.raises(ModelError, match="size: got 15x16; allowed multiples of 2"):
+        ours("a cat", size=(15, 16))
+
+
+def test_it_stops_when_it_is_told_and_tells_each_step(ours: TextToImage) -> None:
+    told: list[int] = []
+    found = ours("a cat", steps=4, count=2, advance=told.append, stop=lambda: len(told) == 2)
+    assert (found.shape, told) == ((0, 3, 16, 16), [2, 2])
+
+
+def test_pictures_come_as_pils_too(ours: TextToImage) -> None:
+    found = ours("a cat", steps=2)
+    (image,) = ours.pil(found)
+    np.testing.assert_array_equal(np.asarray(image).transpose(2, 0, 1), found[0])
+    again = ours("a cat", steps=2, image=image, strength=0.5)  # and go in as such
+    assert again.shape == found.shape
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mask": MASK}, "mask: got it alone; allowed beside an image"),
+        ({"strength": 0.5}, "strength: got it alone; allowed beside an image"),
+        ({"image": IMAGE[..., :1]}, r"image: got uint8 of shape \(24, 16, 1\); allowed uint8 of shape \(H, W, 3\)"),
+        ({"image": IMAGE / 255}, "image: got float64 of shape"),
+        ({"image": IMAGE[:23]}, "image: got 23x16 pixels; allowed multiples of 2"),
+        ({"image": IMAGE, "size": (16, 16)}, "image: got 24x16 pixels; allowed 16x16, the size that is asked for"),
+        ({"image": IMAGE, "mask": MASK[:20]}, r"mask: got shape \(20, 16\); allowed \(24, 16\), that of the image"),
+        ({"image": IMAGE, "strength": 0.0}, "strength: got 0; allowed over 0 to 1"),
+        ({"image": IMAGE, "strength": float("nan")}, "strength: got nan; allowed over 0 to 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        beginning(*(given.get(name) for name in ("image", "mask", "strength", "size")), factor=2)
+
+
+def test_a_strength_of_no_step_is_refused() -> None:
+    start = beginning(IMAGE, None, 0.2, None, factor=2)
+    assert start is not None
+    assert start.first_step(10, flow=False) == 8
+    with pytest.raises(ModelError, match=r"strength: got 0\.2, none of 4 steps; allowed 0\.25 and more"):
+        start.first_step(4, flow=False)
+    assert start.first_step(4, flow=True) == 3  # diffusers' pipelines of flow matching round up
+
+
+def test_a_folder_without_an_encoder_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
+    pixart = TextToImage.from_pretrained(float_pipeline("pixart", tmp_path_factory).folder)
+    with pytest.raises(ModelError, match="image: got one; allowed with a folder that holds vae_encoder"):
+        pixart("a cat", image=np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(ModelError, match=r"samples: got shape .*; allowed \(B, 4, 8, 8\)"):
+        pixart("a cat", size=(24, 24))
