@@ -166,22 +166,26 @@ def write_parts(deployable: PartsToDeploy, folder: Path) -> dict[str, dict[str, 
             if deployable.for_genai:
                 write_genai_tokenizer(folder / name, deployable.tokens(part))
         elif deployable.for_genai:
-            written[VAE_ENCODER] = {**entry, "format": _write_vae_encoder(module, form, folder / VAE_ENCODER)}
+            written[VAE_ENCODER] = {**entry, "format": encoder_format(form)}
+            _write_vae_encoder(module, form, folder / VAE_ENCODER)
     return written
 
 
-def _write_vae_encoder(vae: nn.Module, form: PartFormat, folder: Path) -> PartFormat:
-    """Write the VAE's encoder, which pictures begin from that are changed, and return its format.
+def encoder_format(form: PartFormat) -> PartFormat:
+    """Return the format of a VAE's encoder, for that of its decoder.
 
-    An INT8 VAE has a float encoder: it is called once for a picture, on the picture of a user.
+    An INT8 VAE has a float encoder: there are no pictures to calibrate it with.
     """
-    taken: PartFormat = "int8-weights" if form == "int8-weights" else "float"
+    return "int8-weights" if form == "int8-weights" else "float"
+
+
+def _write_vae_encoder(vae: nn.Module, form: PartFormat, folder: Path) -> None:
+    """Write the VAE's encoder, which turns pictures into latents that are changed."""
     with _named(VAE_ENCODER):
-        graph = _compressed(encoder_graph(vae), taken, ())
+        graph = _compressed(encoder_graph(vae), encoder_format(form), ())
         folder.mkdir()
         ov.save_model(graph, folder / GRAPH, compress_to_fp16=True)
     write_json(folder / "config.json", _config(vae, folder))
-    return taken
 
 
 def deployed_name(part: str) -> str:

@@ -14,13 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pqcad_qat.export.part_export import PartsToDeploy, deployed_name
+from pqcad_qat.export.part_export import PartsToDeploy, deployed_name, encoder_format
 from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.export.proof import end_to_end_psnr
 from pqcad_qat.models.model_folder import DECODERS
 from pqcad_qat.models.pipeline_parts import T5, VAE
 from pqcad_qat.models.vae import decoded
-from pqcad_qat.serving.deployed_folder import unverified_manifest
 from pqcad_qat.serving.manifest import VAE_ENCODER
 from pqcad_qat.serving.part_runtime import PromptEncoder
 from pqcad_qat.serving.vae_runtime import PictureDecoder, PictureEncoder, unscaled_latents
@@ -42,9 +41,9 @@ def part_parity(deployable: PartsToDeploy, folder: Path) -> tuple[PartParity, ..
         decodes = part in DECODERS
         psnr = _picture_psnr(deployable, folder, part) if decodes else _text_psnr(deployable, part, folder)
         parities.append(PartParity(deployed_name(part), form, _size(folder / deployed_name(part)), psnr))
-    if VAE_ENCODER in (parts := unverified_manifest(folder).get("parts", {})):
-        psnr, size = _latent_psnr(deployable, folder), _size(folder / VAE_ENCODER)
-        parities.append(PartParity(VAE_ENCODER, parts[VAE_ENCODER]["format"], size, psnr))
+    if deployable.for_genai:
+        form, psnr = encoder_format(deployable.formats[VAE]), _latent_psnr(deployable, folder)
+        parities.append(PartParity(VAE_ENCODER, form, _size(folder / VAE_ENCODER), psnr))
     return tuple(parities)
 
 
