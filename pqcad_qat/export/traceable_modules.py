@@ -20,6 +20,7 @@ from pqcad_qat.export.time_tables import TablesInTurn
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.latent_rows import PLACES, places, text_places
 from pqcad_qat.models.families.table import families
+from pqcad_qat.serving.packing import LAYER
 
 if TYPE_CHECKING:
     from pqcad_qat.quantization.integer_layer import IntegerLayer
@@ -54,9 +55,9 @@ def needs_vnni(layer: IntegerLayer) -> bool:
 def traced_path(node: str) -> str:
     """The path of the module in which a node was traced, taken from the node's name.
 
-    For a layer whose node already bears the module path, that is the path itself.
+    For a planned layer, whose node bears the module path, that is the path itself.
     """
-    return node.partition("/")[0].removeprefix("__module.denoiser").removeprefix(".")
+    return node.removeprefix(LAYER).partition("/")[0].removeprefix("__module.denoiser").removeprefix(".")
 
 
 class QuantizedInput(nn.Module):

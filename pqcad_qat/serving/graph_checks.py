@@ -14,7 +14,7 @@ import openvino as ov
 from pqcad_qat.errors import ModelError
 from pqcad_qat.serving.compiled_graph import reason
 from pqcad_qat.serving.graph_inputs import expected_ports
-from pqcad_qat.serving.packing import MATRIX_OPS, UNREADABLE
+from pqcad_qat.serving.packing import MATRIX_OPS, UNREADABLE, called_layer
 
 
 def check_graph(graph: ov.Model, manifest: Mapping[str, Any], folder: Path) -> None:
@@ -58,10 +58,13 @@ def _fault(graph: ov.Model, manifest: Mapping[str, Any]) -> str:
     if not graph.outputs or port_of(graph.outputs[0]) != states:
         first = [port_of(port) for port in graph.outputs[:1]]
         return f"got the output {first}; allowed {states}, as of the samples"
+    layers = manifest["layers"]
     matrices = {
-        node.get_friendly_name(): node for node in graph.get_ordered_ops() if node.get_type_name() in MATRIX_OPS
+        name: node
+        for node in graph.get_ordered_ops()
+        if node.get_type_name() in MATRIX_OPS and (name := called_layer(node.get_friendly_name(), layers)) is not None
     }
-    if absent := [name for name in manifest["layers"] if name not in matrices]:
+    if absent := [name for name in layers if name not in matrices]:
         return f"got no layer {absent[0][:200]!r}; allowed a graph with every layer that the manifest lists"
     # OpenVINO's CPU plugin ends the process (SIGFPE) if the weights of an INT8 matrix product are not transposed
     untransposed = [

@@ -51,9 +51,10 @@ MATRIX_OPS = ("Convolution", "GroupConvolution", "MatMul")
 """Types of nodes that compute a layer's product."""
 
 
-FURTHER, FOLLOWING = "#", "/following"
-"""Parts of node names: the separator before the number of a layer's second or later call, and the suffix of nodes that
-combine a layer's output with constants.
+LAYER, FURTHER, FOLLOWING = "layer.", "#", "/following"
+"""Parts of node names: what stands before a layer's path, the separator before the number of a layer's second or later
+call, and the suffix of nodes that combine a layer's output with constants. OpenVINO GenAI finds the layers that an
+adapter changes by their paths with a dot before them.
 """
 
 RENAMED = ("/Dequantization", FOLLOWING, "_original")
@@ -64,12 +65,13 @@ its scale.
 
 def call_name(layer: str, call: int) -> str:
     """Name of the node that computes one call of a layer; calls are counted from 0."""
-    return layer if call == 0 else f"{layer}{FURTHER}{call + 1}"
+    return f"{LAYER}{layer}" if call == 0 else f"{LAYER}{layer}{FURTHER}{call + 1}"
 
 
 def called_layer(node: str, layers: Collection[str]) -> str | None:
     """The layer, among these, that a product of this name computes; None for any other product."""
-    for name in (node, *(node.partition(mark)[0] for mark in RENAMED)):
+    path = node.removeprefix(LAYER)
+    for name in (path, *(path.partition(mark)[0] for mark in RENAMED)):
         layer, _, call = name.rpartition(FURTHER)
         if name in layers or (layer in layers and call.isdigit()):
             return name if name in layers else layer

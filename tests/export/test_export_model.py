@@ -23,6 +23,7 @@ from pqcad_qat.machine.files import file_digest
 from pqcad_qat.sampling.schedulers import DDIM_KEYS
 from pqcad_qat.serving.denoiser_graphs import read_graph
 from pqcad_qat.serving.deployed_folder import read_manifest
+from pqcad_qat.serving.packing import LAYER
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
 INPUTS = {"bits": 8, "symmetric": False}
@@ -50,7 +51,11 @@ def small() -> Quantized:
 
 def matrix_nodes(graph: ov.Model) -> dict[str, ov.Node]:
     kinds = ("Convolution", "GroupConvolution", "MatMul")
-    return {node.get_friendly_name(): node for node in graph.get_ordered_ops() if node.get_type_name() in kinds}
+    return {
+        node.get_friendly_name().removeprefix(LAYER): node
+        for node in graph.get_ordered_ops()
+        if node.get_type_name() in kinds
+    }
 
 
 def weights_of(node: ov.Node) -> tuple[np.ndarray, np.ndarray]:

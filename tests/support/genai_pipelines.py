@@ -92,7 +92,7 @@ def int8_layers(folder: Path, count: int, size: tuple[int, int]) -> tuple[int, i
     for node in compiled.get_runtime_model().get_ops():
         info = {key: str(getattr(value, "value", value)) for key, value in dict(node.get_rt_info().items()).items()}
         if info["layerType"] in kinds and info["runtimePrecision"] in ("i8", "u8"):
-            names |= {name.partition("/")[0] for name in info["originalLayersNames"].split(",")}
+            names |= {name.removeprefix("layer.").partition("/")[0] for name in info["originalLayersNames"].split(",")}
     return len(names & manifest["layers"].keys()), len(manifest["layers"])
 
 
@@ -114,11 +114,24 @@ def check(folder: Path) -> None:
     assert planned > 20 or form == "float"
 
 
+def check_adapter(kind: Path) -> None:
+    """Raise AssertionError if an adapter in an INT8 folder does not bring its picture near that of the fused model."""
+    asked, given = json.loads((kind / "adapted/text.json").read_text()), np.load(kind / "adapted/text.npz")
+    adapters = genai.AdapterConfig(genai.Adapter(kind / "adapter.safetensors"), 1.0)
+    pipeline = genai.Text2ImagePipeline(kind / "adapted/openvino", "CPU", adapters=adapters, **F32)
+    found, fused = picture(pipeline, "text", asked, given), np.load(kind / "fused/text.npz")["wanted"].astype(float)
+    without, adapted = (float(np.abs(one - fused).mean()) for one in (given["wanted"], found))
+    print(f"{kind.name}: from the fused model's picture {adapted:.2f} levels, without the adapter {without:.2f}")
+    assert adapted < 0.6 * without, kind.name
+
+
 def main(served: Path) -> None:
     assert importlib.util.find_spec("pqcad_qat") is None
     assert importlib.util.find_spec("torch") is None
-    for folder in sorted(path.parent for path in served.glob("*/*/openvino")):
-        check(folder)
+    for kind in sorted(served.iterdir()):
+        for form in OFF:
+            check(kind / form)
+        check_adapter(kind)
 
 
 if __name__ == "__main__":

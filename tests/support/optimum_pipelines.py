@@ -50,7 +50,7 @@ def int8_share(compiled: Any, planned: Collection[str]) -> float:
     for node in compiled.get_runtime_model().get_ops():
         info = {key: str(getattr(value, "value", value)) for key, value in dict(node.get_rt_info().items()).items()}
         if info["layerType"] in ("Convolution", "FullyConnected") and info["runtimePrecision"] in ("i8", "u8"):
-            names |= {name.partition("/")[0] for name in info["originalLayersNames"].split(",")}
+            names |= {name.removeprefix("layer.").partition("/")[0] for name in info["originalLayersNames"].split(",")}
     return len(names & set(planned)) / len(planned)
 
 

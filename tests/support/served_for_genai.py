@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 from served_pipelines import SCHEDULES
 from text_pipelines import FLOAT, T5_TOKENS, deployed
+from torch import Tensor
 
 from pqcad_qat.sampling.trajectory import initial_noise
 from pqcad_qat.serving.text_to_image import TextToImage
@@ -33,6 +36,9 @@ FORMS: Mapping[str, tuple[int | None, Mapping[str, str]]] = {
     "float": (None, FLOAT),
 }
 """Form of the folder -> bits of the denoiser's weights, and formats of the other parts."""
+
+ADAPTED, RANK = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp"), 2
+"""Ends of the paths of the layers that an adapter changes, and its rank."""
 
 PROMPT, NEGATIVE, STEPS, SEED = "a cat and a dog", "a mat", 4, 7
 
@@ -59,6 +65,39 @@ def make(served: Path) -> None:
             pipeline = TextToImage.from_pretrained(where.folder, properties={"INFERENCE_PRECISION_HINT": "f32"})
             for case, asked in CASES.items():
                 _make_case(pipeline, folder, case, {**of_kind, **asked})
+        _make_adapted(served / kind, kind, of_kind)
+
+
+def _make_adapted(folder: Path, kind: str, asked: Mapping[str, Any]) -> None:
+    """Write an adapter, adapter.safetensors, a folder to which it is added at run time, `adapted`, and what our runtime
+    makes of a folder of the model that it was fused into.
+    """
+    part = "transformer" if kind in ("stable-diffusion-3", "flux") else "unet"
+    weights = Path("pipeline") / part / "diffusion_pytorch_model.safetensors"
+    formats, schedule = {"vae": "float", "text_encoder": "float"}, SCHEDULES.get(kind)
+    deployed(kind, folder / "adapted", formats, schedule)
+    tensors, adapter = load_file(folder / "adapted" / weights), dict[str, Tensor]()
+    dice = torch.Generator().manual_seed(0)
+    for name, weight in list(tensors.items()):
+        layer = name.removesuffix(".weight")
+        if not layer.endswith(ADAPTED):
+            continue
+        down = torch.randn(RANK, weight.shape[1], generator=dice) / 2
+        up = torch.randn(len(weight), RANK, generator=dice) * weight.std() * (1 if part == "unet" else 3)
+        tensors[name] = weight + up @ down
+        if part == "unet":  # kohya's names, which most files for Stable Diffusion have
+            path = f"lora_unet_{layer.replace('.', '_')}"
+            adapter |= {f"{path}.lora_down.weight": down, f"{path}.lora_up.weight": up}
+            adapter[f"{path}.alpha"] = torch.tensor(float(RANK))
+        else:
+            adapter |= {f"transformer.{layer}.lora_A.weight": down, f"transformer.{layer}.lora_B.weight": up}
+    save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, folder / "adapter.safetensors")
+    fused = deployed(
+        kind, folder / "fused", formats, schedule, change=lambda source: save_file(tensors, source.parent / weights)
+    )
+    for form, made in (("adapted", folder / "adapted" / "openvino"), ("fused", fused.folder)):
+        pipeline = TextToImage.from_pretrained(made, properties={"INFERENCE_PRECISION_HINT": "f32"})
+        _make_case(pipeline, folder / form, "text", asked)
 
 
 def _make_case(pipeline: TextToImage, folder: Path, case: str, asked: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,12 +100,14 @@ def deployed(
     schedule: Mapping[str, Any] | None = None,
     *,
     bits: int | None = 7,
+    change: Callable[[Path], None] = lambda _: None,
 ) -> DeployedPipeline:
     """Deploy the pipeline of that name without training: weights of every denoiser layer at so many bits (None: all in
     floating point), ranges from two states, its parts in the formats `asked`; `schedule` changes keys of its
-    scheduler's config.
+    scheduler's config, and `change` its folder.
     """
     source = PIPELINES[kind](folder)
+    change(source)
     config = source / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **(schedule or {})}))
     full = load_model(str(source))
