@@ -5,17 +5,21 @@ Not here: what the folders hold.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from filelock import FileLock
 
 WHOLE, PARTS = "whole", "parts"
 """Names inside a draft: the folder that is later moved into place, and the parts that it is made from."""
+
+LOCKS = ".locks"
+"""Folder of the files by which processes wait for each other. They are empty, and stay: a file that is removed while
+another process waits for it locks nothing.
+"""
 
 
 def content_digest(decides: Mapping[str, object]) -> str:
@@ -32,14 +36,14 @@ def shared_folder(store: Path, decides: Mapping[str, object], make: Callable[[Pa
     """
     folder = store / content_digest(decides)
     draft = store / f".{folder.name}"
-    # repeated, because another process may have held the draft and then failed
-    while not folder.exists():
-        with _locked(draft) as mine:
-            if mine:
+    if not folder.exists() or draft.exists():
+        locks = store / LOCKS
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / folder.name):
+            if not folder.exists():  # by another process, meanwhile
+                draft.mkdir(exist_ok=True)
                 _fill(draft, folder, make)
-    if draft.exists():  # left by a process that was killed after it had moved the folder
-        with suppress(OSError), _locked(draft) as mine:
-            if mine:
+            elif draft.exists():  # left by a process that was killed after it had moved the folder
                 shutil.rmtree(draft)
     return folder
 
@@ -56,41 +60,15 @@ def parts_folder(folder: Path) -> Path:
 
 
 def _fill(draft: Path, folder: Path, make: Callable[[Path], None]) -> None:
-    """Fill the draft and move it into place, unless that has been done; a failure leaves nothing but the parts."""
+    """Fill the draft and move it into place; a failure leaves nothing but the parts."""
     whole, unfinished = draft / WHOLE, draft / PARTS
     try:
         for leftover in [entry for entry in draft.iterdir() if entry != unfinished]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        if not folder.exists():
-            whole.mkdir()
-            make(whole)
-            whole.rename(folder)
+        whole.mkdir()
+        make(whole)
+        whole.rename(folder)
     finally:
         shutil.rmtree(whole, ignore_errors=True)
         if folder.exists() or not (unfinished.exists() and any(unfinished.iterdir())):
             shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextmanager
-def _locked(draft: Path) -> Iterator[bool]:
-    """Wait until no other process works in the draft; yield False if it was moved or removed meanwhile.
-
-    Method: the lock (flock) is on the opened folder. After waiting, the folder of that name may be another one, so the
-    two are compared.
-    """
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):  # Path.mkdir(exist_ok=True) raises it too if the folder is removed meanwhile
-        draft.mkdir()
-    try:
-        opened = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:  # it was moved into place meanwhile
-        yield False
-        return
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        same = False
-        with suppress(FileNotFoundError):
-            same = os.path.samestat(os.fstat(opened), draft.stat())
-        yield same
-    finally:
-        os.close(opened)

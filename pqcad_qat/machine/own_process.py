@@ -111,7 +111,7 @@ def _serve(parent: int, target: str, error: Path, arguments: list[Any]) -> None:
 
 def _end_with(parent: int) -> None:
     """Have this process killed when the parent dies, and killed before the parent if memory runs out."""
-    with suppress(OSError, AttributeError):  # only Linux has these
+    with suppress(OSError, AttributeError, TypeError):  # only Linux has these
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     if os.getppid() != parent:

@@ -6,7 +6,6 @@ Not here: the folder itself (run_folder.py), and how recipes are compared (recip
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from pqcad_qat.errors import CheckpointError
@@ -225,11 +225,14 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         CheckpointError: another process holds it.
     """
-    with (path / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(
-                f"{path}: got a run that another process is running; allowed one process at a time"
-            ) from None
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise CheckpointError(
+            f"{path}: got a run that another process is running; allowed one process at a time"
+        ) from None
+    try:
         yield
+    finally:
+        lock.release()

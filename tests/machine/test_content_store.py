@@ -12,9 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from pqcad_qat.machine.content_store import content_digest, parts_folder, shared_folder
+from pqcad_qat.machine.content_store import LOCKS, content_digest, parts_folder, shared_folder
 
 PATIENCE = 120  # seconds; a busy machine is no failure
+
+
+def entries(store: Path) -> list[Path]:
+    """What a store holds, without the files by which processes wait."""
+    return [path for path in store.iterdir() if path.name != LOCKS]
 
 
 def writing(text: str) -> Callable[[Path], None]:
@@ -43,7 +48,7 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="disk full"):
         shared_folder(tmp_path, {}, fail)
-    assert list(tmp_path.iterdir()) == []
+    assert entries(tmp_path) == []
 
 
 def test_what_fails_before_its_first_part_leaves_nothing(tmp_path: Path) -> None:
@@ -53,7 +58,7 @@ def test_what_fails_before_its_first_part_leaves_nothing(tmp_path: Path) -> None
 
     with pytest.raises(ValueError, match="disk full"):
         shared_folder(tmp_path, {}, fail)
-    assert list(tmp_path.iterdir()) == []
+    assert entries(tmp_path) == []
 
 
 def test_of_two_that_make_the_same_at_once_one_waits_for_the_other(tmp_path: Path) -> None:
@@ -73,7 +78,7 @@ def test_of_two_that_make_the_same_at_once_one_waits_for_the_other(tmp_path: Pat
         may_end.set()
         assert first.result(PATIENCE) == second.result(PATIENCE) == tmp_path / content_digest({})
     assert (first.result() / "file").read_text() == "first"
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(entries(tmp_path)) == 1
 
 
 def test_where_the_first_fails_the_one_that_waited_makes_it(tmp_path: Path) -> None:
@@ -92,7 +97,7 @@ def test_where_the_first_fails_the_one_that_waited_makes_it(tmp_path: Path) -> N
         with pytest.raises(ValueError, match="disk full"):
             first.result(PATIENCE)
         assert (second.result(PATIENCE) / "file").read_text() == "second"
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(entries(tmp_path)) == 1
 
 
 def test_what_a_killed_process_left_half_made_is_dropped(tmp_path: Path) -> None:
@@ -101,7 +106,7 @@ def test_what_a_killed_process_left_half_made_is_dropped(tmp_path: Path) -> None
     (draft / "half").write_text("")
     folder = shared_folder(tmp_path, {}, writing("whole"))
     assert [path.name for path in folder.iterdir()] == ["file"]
-    assert [*tmp_path.iterdir()] == [folder]
+    assert entries(tmp_path) == [folder]
 
 
 def test_what_lies_in_its_parts_outlives_a_failure_and_a_killed_process_and_is_gone_once_the_folder_is_whole(
@@ -123,12 +128,12 @@ def test_what_lies_in_its_parts_outlives_a_failure_and_a_killed_process_and_is_g
     (draft / "whole" / "half").write_text("of a process that was killed")
 
     def go_on(folder: Path) -> None:
-        assert list(folder.iterdir()) == []
+        assert entries(folder) == []
         (folder / "file").write_text((parts_folder(folder) / "first").read_text())
 
     folder = shared_folder(tmp_path, {}, go_on)
     assert (folder / "file").read_text() == "first"
-    assert [*tmp_path.iterdir()] == [folder]
+    assert entries(tmp_path) == [folder]
     assert [path.name for path in folder.iterdir()] == ["file"]
 
 
@@ -136,4 +141,4 @@ def test_what_a_process_left_that_was_killed_after_it_had_moved_the_folder_is_re
     folder = shared_folder(tmp_path, {}, writing("whole"))
     (tmp_path / f".{folder.name}" / "parts").mkdir(parents=True)
     assert shared_folder(tmp_path, {}, lambda _: pytest.fail("made twice")) == folder
-    assert [*tmp_path.iterdir()] == [folder]
+    assert entries(tmp_path) == [folder]

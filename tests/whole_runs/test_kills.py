@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from tiny_runs import POLICIES, SUPPORT, environment, fixed_batch_graph, program, tiny_overrides
 
 from pqcad_qat import cli
+from pqcad_qat.machine.content_store import LOCKS
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD_OPENVINO, TRAINED
 from pqcad_qat.training.checkpoint import CheckpointFolder, checkpoints, damage
 
@@ -70,10 +71,10 @@ class Chain:
 
     @property
     def left_over(self) -> list[str]:
-        """Drafts, locks and parts that no one will want."""
+        """Drafts and parts that no one will want."""
         stores = [self.root / ".calibration", self.root / ".shared"]
         hidden = [path for folder in (self.root / "run", *stores) for path in folder.rglob(".*")]
-        return [str(path) for path in hidden if path != self.root / "run" / ".lock"]
+        return [str(path) for path in hidden if path != self.root / "run" / ".lock" and path.name != LOCKS]
 
 
 @pytest.fixture(scope="module")
