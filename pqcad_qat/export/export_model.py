@@ -25,6 +25,7 @@ from pqcad_qat.export.float32_paths import keep_in_float32
 from pqcad_qat.export.folder_configs import cpu_entry, exported_config, layer_entry, model_index, openvino_config
 from pqcad_qat.export.graph_rewrites import rewrite
 from pqcad_qat.export.int8_attention import AttentionRange, name_products, quantized_attention
+from pqcad_qat.export.model_server import SERVER_GRAPH, server_graph
 from pqcad_qat.export.node_marks import Marked, name_layers
 from pqcad_qat.export.part_export import PartsToDeploy, write_parts
 from pqcad_qat.export.time_tables import Times, known_times, timestep_tables
@@ -44,6 +45,7 @@ from pqcad_qat.models.families.table import family_of
 from pqcad_qat.models.module_preparation import one_line
 from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule
 from pqcad_qat.sampling.precision_by_time import StepsInFloat
+from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import noise_schedule, written_out
 from pqcad_qat.serving.deployed_folder import (
     MODEL_INDEX,
@@ -178,7 +180,13 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
             full = convert(replace(request, model=request.full, layers={}, attention={}), times, any_size=False)
             halve_weights(full)
             write_graph(full, staging / part / FLOAT_GRAPH)
-        return {} if pipeline_parts is None else write_parts(pipeline_parts, staging)
+        if pipeline_parts is None:
+            return {}
+        if request.any_size:
+            height, width = (side * pipeline_parts.pixels for side in request.sample_shape[1:])
+            text = server_graph((height, width), scheduler_config.get(STEPS))
+            (staging / SERVER_GRAPH).write_text(text, encoding="utf-8")
+        return write_parts(pipeline_parts, staging)
 
     written = write_folder(graph, weights, texts, manifest, folder=folder, part=part, further=further)
     graph_bytes = sum(path.stat().st_size for path in (folder / part).glob("openvino_model.*"))

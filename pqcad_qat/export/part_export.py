@@ -65,6 +65,12 @@ class PartsToDeploy:
         return opened_by_genai(self.source, self.formats)
 
     @property
+    def pixels(self) -> int:
+        """Ratio of a picture's side to the side of its latents."""
+        blocks = read_json(self.source.folder / VAE / "config.json")["block_out_channels"]
+        return int(2 ** (len(blocks) - 1))
+
+    @property
     def masked(self) -> bool:
         """Whether text comes with a mask of its tokens, as PixArt's does."""
         return any(condition.name == TEXT_MASK for condition in self.conditions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,31 @@ def test_a_pipeline_that_genai_does_not_have_keeps_its_one_size(tmp_path_factory
     assert manifest["any_size"] is False
     assert "vae_encoder" not in manifest["parts"]
     assert not ov.Core().read_model(folder / manifest["graph"]).is_dynamic()
+
+
+OPTIONS = {
+    **dict.fromkeys(("models_path", "device", "plugin_config", "max_resolution", "default_resolution"), str),
+    **dict.fromkeys(("resolution",), str),
+    **dict.fromkeys(("max_num_images_per_prompt", "default_num_inference_steps", "max_num_inference_steps"), int),
+    **dict.fromkeys(("num_images_per_prompt",), int),
+    "guidance_scale": float,
+}
+"""Options of OpenVINO Model Server's ImageGenCalculator, and their types, as its page documents them."""
+
+
+def test_the_file_for_openvino_model_server_is_as_documented(where: DeployedPipeline) -> None:
+    text = (where.folder / "graph.pbtxt").read_text()
+    assert 'input_side_packet: "IMAGE_GEN_NODE_RESOURCES:pipes"' in text  # without it the server serves nothing
+    assert text.count("{") == text.count("}") == 3
+    body = text.partition("ImageGenCalculatorOptions]: {")[2].partition("}")[0]
+    options = dict(line.strip().split(": ", 1) for line in body.strip().splitlines())
+    values = {key: json.loads(value) for key, value in options.items()}
+    assert all(isinstance(value, OPTIONS[key]) for key, value in values.items())
+    # the student's number of steps is what runs where a request names none
+    assert values == {
+        "models_path": "./",
+        "device": "CPU",
+        "default_resolution": "16x16",
+        "default_num_inference_steps": 3,
+    }
+    assert "graph.pbtxt" in read_manifest(where.folder)["files"]

@@ -72,6 +72,7 @@ def test_the_folder_of_a_run_holds_the_whole_pipeline_and_takes_prompts(made: Pa
     manifest = read_manifest(made / "openvino")
     assert manifest["parts"] == {
         "vae_decoder": {"class": "AutoencoderKL", "format": "float"},
+        "vae_encoder": {"class": "AutoencoderKL", "format": "float"},
         "text_encoder": {"class": "CLIPTextModel", "format": "int8-weights"},
     }
     scheduler = json.loads((made / "openvino" / "scheduler" / "scheduler_config.json").read_text())
@@ -95,6 +96,7 @@ def test_a_run_of_flux_ends_in_a_folder_that_takes_prompts_through_t5(
     made = shipped_run("w8a8-flux", tmp_path_factory)
     assert {name: part["format"] for name, part in read_manifest(made.path / "openvino")["parts"].items()} == {
         "vae_decoder": "float",
+        "vae_encoder": "float",
         "text_encoder": "int8-weights",
         "text_encoder_2": "int8-weights",
     }
@@ -113,6 +115,7 @@ def test_a_report_says_how_near_the_other_parts_are_and_how_large(made: Path) ->
     assert [(row["part"], row["format"]) for row in rows] == [
         ("vae_decoder", "float"),
         ("text_encoder", "int8-weights"),
+        ("vae_encoder", "float"),
     ]
     for row in rows:
         files = (made / "openvino" / row["part"]).iterdir()
