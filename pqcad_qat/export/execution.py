@@ -21,7 +21,7 @@ from pqcad_qat.errors import ExportError
 from pqcad_qat.export.traceable_modules import traced_path
 from pqcad_qat.serving.compiled_graph import compile_graph, shared_core
 from pqcad_qat.serving.deployed_folder import graph_on_disk
-from pqcad_qat.serving.packing import called_layer
+from pqcad_qat.serving.packing import called_layer, softmax_name
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def attention_precisions(compiled: ov.CompiledModel, paths: Collection[str]) -> 
         for path in {traced_path(name) for name in names} & precisions.keys():
             if kind == "MatMul":
                 precisions[path].append(precision)
-            elif kind == "Subgraph" and f"{path}/softmax" in names:
+            elif kind == "Subgraph" and softmax_name(path) in names:
                 sources = [value for value in node.input_values() if _node_facts(value.get_node())[0] != "Const"]
                 precisions[path] += map(_read_precision, sources) if len(sources) == 3 else []
     # both products, or the three inputs of the one node, must be there

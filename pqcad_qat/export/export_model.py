@@ -25,7 +25,7 @@ from pqcad_qat.export.float32_paths import keep_in_float32
 from pqcad_qat.export.folder_configs import cpu_entry, exported_config, layer_entry, model_index, openvino_config
 from pqcad_qat.export.graph_rewrites import rewrite
 from pqcad_qat.export.int8_attention import AttentionRange, name_products, quantized_attention
-from pqcad_qat.export.model_server import SERVER_GRAPH, server_graph
+from pqcad_qat.export.model_server import server_graph
 from pqcad_qat.export.node_marks import Marked, name_layers
 from pqcad_qat.export.part_export import PartsToDeploy, write_parts
 from pqcad_qat.export.time_tables import Times, known_times, timestep_tables
@@ -38,6 +38,7 @@ from pqcad_qat.export.traceable_modules import (
     swapped,
     traced_path,
 )
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.models.families.family import TEXT, ConditionInput
 from pqcad_qat.models.families.latent_rows import PLACES, THOUSANDTHS
 from pqcad_qat.models.families.plain_module import OWN_MODULE
@@ -45,11 +46,12 @@ from pqcad_qat.models.families.table import family_of
 from pqcad_qat.models.module_preparation import one_line
 from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule
 from pqcad_qat.sampling.precision_by_time import StepsInFloat
-from pqcad_qat.sampling.schedulers import STEPS
+from pqcad_qat.sampling.schedulers import SQUARED_COSINE, STEPS
 from pqcad_qat.sampling.trajectory import noise_schedule, written_out
 from pqcad_qat.serving.deployed_folder import (
     MODEL_INDEX,
     OPENVINO_CONFIG,
+    SERVER_GRAPH,
     check_replaceable,
     write_folder,
 )
@@ -59,10 +61,6 @@ from pqcad_qat.serving.packing import WeightFormat, halve_weights, write_graph
 
 if TYPE_CHECKING:
     from pqcad_qat.quantization.integer_layer import IntegerLayer
-
-
-COSINE = "squaredcos_cap_v2"
-"""Curve of betas that OpenVINO GenAI does not know by name."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,8 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
     request = replace(request, conditions=conditions)
     schedule = noise_schedule(scheduler_config)
     scheduler = written_out(scheduler_config, schedule)
-    if request.any_size and scheduler.get("beta_schedule") == COSINE and isinstance(schedule, DDPMSchedule):
+    if request.any_size and scheduler.get("beta_schedule") == SQUARED_COSINE and isinstance(schedule, DDPMSchedule):
+        # OpenVINO GenAI does not know the curve by name
         scheduler |= schedule.spelled_out
     times = known_times(schedule, request.visited)
     graph = convert(request, times)
@@ -176,16 +175,15 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
 
     def further(staging: Path) -> Mapping[str, Any]:
         if request.full is not None:
-            # one size: our runtime alone runs it
-            full = convert(replace(request, model=request.full, layers={}, attention={}), times, any_size=False)
+            full = convert(replace(request, model=request.full, layers={}, attention={}), times)
             halve_weights(full)
             write_graph(full, staging / part / FLOAT_GRAPH)
         if pipeline_parts is None:
             return {}
-        if request.any_size:
+        if request.any_size and weights == "int8":  # programs that read packed weights are ours
             height, width = (side * pipeline_parts.pixels for side in request.sample_shape[1:])
             text = server_graph((height, width), scheduler_config.get(STEPS))
-            (staging / SERVER_GRAPH).write_text(text, encoding="utf-8")
+            write_file(staging / SERVER_GRAPH, text)
         return write_parts(pipeline_parts, staging)
 
     written = write_folder(graph, weights, texts, manifest, folder=folder, part=part, further=further)
@@ -193,7 +191,7 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
     return ExportedFolder(folder, written, graph_bytes)
 
 
-def convert(request: ExportRequest, times: Times, *, any_size: bool | None = None) -> ov.Model:
+def convert(request: ExportRequest, times: Times) -> ov.Model:
     """Convert the quantized model to an OpenVINO graph whose planned layers are named by module path (node_marks.py).
 
     Method: modules that OpenVINO cannot read, such as Brevitas's layers, are swapped for plain ones while the model is
@@ -204,13 +202,13 @@ def convert(request: ExportRequest, times: Times, *, any_size: bool | None = Non
     float32 for continuous time; and the conditions by name. The output is `out_sample`, (B, C, H, W) float32. For Flux,
     states and output are rows of patches, and the positions of the patches are inputs too (graph_inputs.py).
 
-    A graph of `any_size` takes any B, H and W, and a time for each sample or one for all; None takes the request's.
+    A graph of any size takes any B, H and W, and a time for each sample or one for all.
 
     Raises:
         ExportError: as export_model.
     """
     model, family, attention = request.model, family_of(request.model), request.attention
-    free = request.any_size if any_size is None else any_size
+    free = request.any_size
     names = [condition.name for condition in request.conditions]
     ports = ports_of(family, names)
     stand_ins = _stand_ins(request, times, rotations=not free)

@@ -39,10 +39,10 @@ def write_genai_tokenizer(folder: Path, tokens: int) -> None:
     """
     if not has_openvino_tokenizers():
         return
-    from openvino_tokenizers import convert_tokenizer
-    from transformers import AutoTokenizer
-
     try:
+        from openvino_tokenizers import convert_tokenizer
+        from transformers import AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         graph = convert_tokenizer(tokenizer, truncation=True, max_length=tokens)
         ov.save_model(graph, folder / GENAI_TOKENIZER)

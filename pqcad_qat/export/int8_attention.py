@@ -29,6 +29,7 @@ from pqcad_qat.errors import ExportError
 from pqcad_qat.export.traceable_modules import SIGNED_GRID, UNSIGNED_GRID, traced_path
 from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.quantization.plan import evaluating
+from pqcad_qat.serving.packing import softmax_name
 
 Product = Callable[[str, Tensor, Tensor, Tensor, float], Tensor]
 """A replacement of attention: (module path, query, key, value, scale of q k^T) -> the attention's output."""
@@ -118,7 +119,7 @@ def quantized_attention(model: nn.Module, ranges: Mapping[str, AttentionRange]) 
 
 
 def name_products(graph: ov.Model, ranges: Mapping[str, AttentionRange]) -> None:
-    """Name the softmax of each quantized attention in a converted graph PATH/softmax.
+    """Name the softmax of each quantized attention in a converted graph after its module (packing.softmax_name).
 
     The name is how its two products are found later.
 
@@ -130,7 +131,7 @@ def name_products(graph: ov.Model, ranges: Mapping[str, AttentionRange]) -> None
         path = traced_path(node.get_friendly_name())
         if node.get_type_name() == "Softmax" and path in times_computed:
             times_computed[path] += 1
-            node.set_friendly_name(f"{path}/softmax")
+            node.set_friendly_name(softmax_name(path))
     if wrong := [
         f"{path or 'the network itself'} {times} times" for path, times in times_computed.items() if times != 1
     ]:

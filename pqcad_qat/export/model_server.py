@@ -6,9 +6,6 @@ Source: its page "Efficient Image Generation Serving" (docs.openvino.ai, 2026). 
 
 from __future__ import annotations
 
-SERVER_GRAPH = "graph.pbtxt"
-"""Name of the file in a deployed folder."""
-
 _GRAPH = """\
 input_stream: "HTTP_REQUEST_PAYLOAD:input"
 output_stream: "HTTP_RESPONSE_PAYLOAD:output"

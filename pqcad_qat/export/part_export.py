@@ -1,7 +1,7 @@
-"""Writing of a pipeline's other parts (VAE decoder, text encoders, tokenizers) in the layout of optimum-intel.
+"""Writing of a pipeline's other parts (VAE, text encoders, tokenizers) in the layout of optimum-intel.
 
 Not here: loading the source (models/pipeline_parts.py), the graphs (part_graphs.py), the denoiser (export_model.py),
-and running the parts (part_runtime.py).
+and running the parts (part_runtime.py, vae_runtime.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pqcad_qat.export.genai_tokenizers import write_genai_tokenizer
 from pqcad_qat.export.part_graphs import clip_graph, decoder_graph, encoder_graph, t5_graph
 from pqcad_qat.machine.files import write_json
 from pqcad_qat.machine.json_files import read_json
-from pqcad_qat.models.families.family import TEXT, TEXT_ENCODERS, TEXT_MASK, ConditionInput
+from pqcad_qat.models.config_values import with_defaults
+from pqcad_qat.models.families.family import TEXT, TEXT_ENCODERS, TEXT_MASK, ConditionInput, factor_of
 from pqcad_qat.models.families.table import pipelines, prompt_layouts
 from pqcad_qat.models.model_folder import DECODERS
 from pqcad_qat.models.pipeline_parts import T5, TOKENIZER, VAE, VQ, PipelineParts
@@ -67,8 +68,8 @@ class PartsToDeploy:
     @property
     def pixels(self) -> int:
         """Ratio of a picture's side to the side of its latents."""
-        blocks = read_json(self.source.folder / VAE / "config.json")["block_out_channels"]
-        return int(2 ** (len(blocks) - 1))
+        config = with_defaults(self.source.class_of(VAE), read_json(self.source.folder / VAE / "config.json"))
+        return factor_of(config["block_out_channels"])
 
     @property
     def masked(self) -> bool:

@@ -1,7 +1,7 @@
 """OpenVINO graphs of a pipeline's VAE, CLIP and T5, for any batch, with the port names of optimum-intel.
 
 Not here: which parts there are and how they are written (part_export.py), or how their graphs are run
-(part_runtime.py).
+(part_runtime.py, vae_runtime.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, cast
 import openvino as ov
 import torch
 from torch import Tensor, nn
+
+from pqcad_qat.models.families.family import factor_of
 
 SIDE = 8
 """Height and width of the latents of the example with which a VAE's encoder is traced."""
@@ -87,7 +89,7 @@ def encoder_graph(vae: nn.Module) -> ov.Model:
 
     The latter are the mean and the logarithm of the variance of latents that are not scaled yet.
     """
-    example = torch.zeros(1, 3, *(2 * [SIDE * 2 ** (len(cast(Any, vae).config.block_out_channels) - 1)]))
+    example = torch.zeros(1, 3, *(2 * [SIDE * factor_of(cast(Any, vae).config.block_out_channels)]))
     return _converted(_Encoder(vae), {"sample": example}, ["latent_parameters"], any_size=True)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.models.config_values import check_values, with_defaults
-from pqcad_qat.models.families.family import TEXT_ENCODERS, ConditionInput
+from pqcad_qat.models.families.family import TEXT_ENCODERS, ConditionInput, factor_of
 from pqcad_qat.models.model_folder import CONFIG, part_class
 from pqcad_qat.models.pipeline_parts import PipelineParts, left_out
 from pqcad_qat.models.vae import latent_channels
@@ -40,7 +40,7 @@ def picture_shape(pipeline: PipelineParts | None, sample_shape: tuple[int, int, 
     config = read_json(where)
     check_values(name, config, str(where))
     config = with_defaults(name, config)
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    factor = factor_of(config["block_out_channels"])
     return 3, factor * sample_shape[1], factor * sample_shape[2]
 
 

@@ -10,6 +10,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from pqcad_qat.sampling.schedulers import SQUARED_COSINE
+
 Betas = npt.NDArray[np.float64]
 
 LARGEST_BETA = 0.999
@@ -28,7 +30,7 @@ def named_betas(curve: str, first: float, last: float, count: int) -> Betas:
     if curve == "sigmoid":
         return (last - first) / (1 + np.exp(-np.linspace(-6, 6, count))) + first
     time = np.arange(count + 1) / count
-    if curve == "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, eq. 17
+    if curve == SQUARED_COSINE:  # Nichol and Dhariwal 2021, eq. 17
         signal = np.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
     elif curve == "exp":
         signal = np.exp(-12.0 * time)

@@ -49,7 +49,10 @@ DDIM_KEYS: Mapping[str, Any] = {
 }
 """Keys of a DDIMScheduler, with their defaults."""
 
-DDIM_CURVES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SQUARED_COSINE = "squaredcos_cap_v2"
+"""Value of beta_schedule that stands for a squared cosine."""
+
+DDIM_CURVES = ("linear", "scaled_linear", SQUARED_COSINE)
 """Values of beta_schedule that DDIMScheduler knows by name."""
 
 DRAWN_BETWEEN = ("linear", "scaled_linear", "sigmoid")

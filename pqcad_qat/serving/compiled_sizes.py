@@ -1,7 +1,7 @@
 """A deployed denoiser compiled for each size of image that it is called with.
 
 A graph is compiled for one batch and size, where OpenVINO is fastest and its results are proven. A folder of any size
-is compiled anew for another size, once.
+is compiled anew for another size, and the last few sizes are kept (per_size.py).
 
 Not here: the calls (runtime.py), and how a graph gets a size (denoiser_graphs.py). Needs openvino and numpy.
 """
@@ -19,14 +19,18 @@ import openvino as ov
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.serving.compiled_graph import Requests, compile_graph, shared_core
-from pqcad_qat.serving.denoiser_graphs import read_graph
-from pqcad_qat.serving.float_steps import float_requests
+from pqcad_qat.serving.denoiser_graphs import float_graph_on_disk, sized
+from pqcad_qat.serving.deployed_folder import denoiser_part, graph_on_disk
 from pqcad_qat.serving.graph_checks import check_graph
 from pqcad_qat.serving.graph_inputs import SAMPLE, port_values, prediction
+from pqcad_qat.serving.manifest import FLOAT_GRAPH
 from pqcad_qat.serving.per_size import PerSize, Size
 
 Float32 = npt.NDArray[np.float32]
 """Array of float32."""
+
+FULL_PRECISION: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}
+"""OpenVINO property of the graph: BF16 would round as coarsely as INT8."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,7 @@ class CompiledSizes:
     """The denoiser of a deployed folder, compiled for its own size and for others as they come; any number of threads
     may ask.
 
-    Attributes:
-        own: the denoiser for the folder's own size.
+    The graphs are read once: what becomes of the files later does not matter.
     """
 
     def __init__(
@@ -69,12 +72,32 @@ class CompiledSizes:
         properties: Mapping[str, Any] | None,
         *,
         in_float: bool,
+        multiple: int = 1,
     ) -> None:
-        """Read, check and compile the folder's graphs; with `in_float` that of its float steps, too."""
-        self._folder, self._manifest, self._in_float = folder, manifest, in_float
-        self._device, self._properties = device, properties
-        self._others = PerSize(self._compile)
-        self.own = self._compile(None)
+        """Read, check and compile the folder's graphs.
+
+        Args:
+            folder: the deployed folder.
+            manifest: its manifest.
+            device: OpenVINO's name of the device.
+            properties: OpenVINO properties that override the defaults.
+            in_float: whether full precision computes some steps.
+            multiple: number by which the network divides the height and width of its samples.
+        """
+        self._folder, self._manifest, self._multiple = folder, manifest, multiple
+        self._device, self._properties, self._core = device, properties, shared_core()
+        self._graph = graph_on_disk(folder, self._core)
+        self._full = float_graph_on_disk(folder, manifest, self._core) if in_float else None
+        self._any_size = bool(manifest.get("any_size", False))
+        self._channels, *own = manifest["sample_shape"]
+        self._own: Size = (own[0], own[1])
+        self._made = PerSize(self._compile, self._own)
+        self.at((1, self._channels, *self._own))
+
+    @property
+    def own(self) -> CompiledDenoiser:
+        """The denoiser for the folder's own size."""
+        return self._made.at(self._own)
 
     def at(self, shape: Sequence[int]) -> CompiledDenoiser:
         """The denoiser for samples of this shape (B, C, H, W).
@@ -82,26 +105,34 @@ class CompiledSizes:
         Raises:
             ModelError: the folder has no such samples, or OpenVINO cannot compile for them.
         """
-        channels, *own = self._manifest["sample_shape"]
-        if list(shape[1:]) == [channels, *own] and shape[0]:
-            return self.own
-        any_size = self._manifest.get("any_size", False)
-        if not any_size or len(shape) != 4 or shape[1] != channels or not shape[0]:
-            sides = "any height, any width" if any_size else ", ".join(map(str, own))
-            raise ModelError(f"{self._folder}: samples: got shape {tuple(shape)}; allowed (B, {channels}, {sides})")
-        return self._others.at((shape[2], shape[3]))
+        own = len(shape) == 4 and tuple(shape[2:]) == self._own
+        fits = own or (self._any_size and all(side and not side % self._multiple for side in shape[2:]))
+        if len(shape) != 4 or shape[1] != self._channels or not shape[0] or not fits:
+            sides = f"H and W multiples of {self._multiple}" if self._any_size else ""
+            height, width = ("H", "W") if self._any_size else self._own
+            allowed = f"(B, {self._channels}, {height}, {width}){f' with {sides}' if sides else ''}"
+            raise ModelError(f"{self._folder}: samples: got shape {tuple(shape)}; allowed {allowed}")
+        return self._made.at((shape[2], shape[3]))
 
-    def _compile(self, size: Size | None) -> CompiledDenoiser:
-        core = shared_core()
-        graph = read_graph(self._folder, core, size)
-        height, width = size or self._manifest["sample_shape"][1:]
-        own = {**self._manifest, "sample_shape": [self._manifest["sample_shape"][0], height, width]}
-        check_graph(graph, own, self._folder)
-        ports = [port.get_names() for port in graph.inputs]
-        compiled = compile_graph(graph, core, self._device, self._properties)
-        full = (
-            float_requests(own, self._folder, core, device=self._device, properties=self._properties, size=size)
-            if self._in_float
-            else None
+    def _compile(self, size: Size) -> CompiledDenoiser:
+        manifest = {**self._manifest, "sample_shape": [self._channels, *size]}
+        graph = self._sized(self._graph, manifest)
+        compiled = compile_graph(graph, self._core, self._device, self._properties)
+        return CompiledDenoiser(
+            compiled, [port.get_names() for port in graph.inputs], Requests(compiled), self._in_float(manifest)
         )
-        return CompiledDenoiser(compiled, ports, Requests(compiled), full)
+
+    def _in_float(self, manifest: Mapping[str, Any]) -> Requests | None:
+        """What runs the graph of the float steps, for this manifest's size."""
+        if self._full is None:
+            return None
+        of_full = {**manifest, "graph": f"{denoiser_part(manifest)}/{FLOAT_GRAPH}", "layers": {}}
+        properties = {**FULL_PRECISION, **(self._properties or {})}
+        return Requests(compile_graph(self._sized(self._full, of_full), self._core, self._device, properties))
+
+    def _sized(self, graph: ov.Model, manifest: Mapping[str, Any]) -> ov.Model:
+        """The graph, or a copy for this manifest's size, after its check."""
+        if self._any_size:
+            graph = sized(graph.clone(), manifest, self._folder / manifest["graph"])
+        check_graph(graph, manifest, self._folder)
+        return graph

@@ -1,6 +1,7 @@
 """The graphs of a deployed folder's denoiser, read from disk and given the batch and size that they run at.
 
-Not here: the folder's other files (deployed_folder.py), and running a graph (runtime.py). Needs openvino and numpy.
+Not here: the folder's other files (deployed_folder.py), and running a graph (compiled_sizes.py). Needs openvino and
+numpy.
 """
 
 from __future__ import annotations
@@ -17,53 +18,44 @@ from pqcad_qat.serving.deployed_folder import denoiser_part, graph_on_disk, unve
 from pqcad_qat.serving.graph_inputs import expected_ports
 from pqcad_qat.serving.manifest import FLOAT_GRAPH, FLOAT_WEIGHTS
 from pqcad_qat.serving.packing import UNREADABLE, read_text_and_weights
-from pqcad_qat.serving.per_size import Size
 
 
-def read_graph(folder: Path, core: ov.Core, size: Size | None = None) -> ov.Model:
-    """The graph that the manifest names, at the manifest's batch, with every packed weight unpacked to int8.
+def read_graph(folder: Path, core: ov.Core) -> ov.Model:
+    """The graph that the manifest names, at the manifest's batch and size, with every packed weight unpacked to int8.
 
     The graph is the same, bit for bit, whatever its format on disk.
 
-    Args:
-        folder: the deployed folder.
-        core: the core that reads it.
-        size: height and width of x_t, for a folder of any size; None takes the manifest's.
-
     Raises:
-        ModelError: the manifest is not valid, or OpenVINO cannot read the files, or the graph does not take the size.
+        ModelError: the manifest is not valid, or OpenVINO cannot read the files.
     """
     manifest, graph = unverified_manifest(folder), graph_on_disk(folder, core)
-    if manifest.get("any_size", False):
-        _set_size(graph, manifest, folder / manifest["graph"], size)
-    return graph
+    return sized(graph, manifest, folder / manifest["graph"]) if manifest.get("any_size", False) else graph
 
 
-def _set_size(graph: ov.Model, manifest: Mapping[str, Any], path: Path, size: Size | None) -> None:
-    """Give the inputs of a graph the manifest's batch, and this size."""
-    channels, *own = manifest["sample_shape"]
-    sides = own if size is None else size
+def sized(graph: ov.Model, manifest: Mapping[str, Any], path: Path) -> ov.Model:
+    """Give a graph of any size the batch and size of this manifest, and return it.
+
+    Raises:
+        ModelError: it does not take them; `path` names its file.
+    """
     try:
         names = [port.get_names() for port in graph.inputs]
         expected = expected_ports(
             set().union(*names),
             manifest["batch_size"],
-            (channels, *sides),
+            manifest["sample_shape"],
             manifest.get("timestep_dtype", "int64"),
             conditions=manifest.get("conditions", ()),
         )
-        graph.reshape(
-            {
-                port: expected[name][0]
-                for port, known in zip(graph.inputs, names, strict=True)
-                for name in known & expected.keys()
-            }
-        )
+        ports = zip(graph.inputs, names, strict=True)
+        graph.reshape({port: expected[name][0] for port, known in ports for name in known & expected.keys()})
     except UNREADABLE as error:
+        sides = "x".join(map(str, manifest["sample_shape"][1:]))
         raise ModelError(
-            f"{path}: got latents of {'x'.join(map(str, sides))}, which its graph does not take: {reason(error)}; "
-            "allowed sides that its levels can halve, within its table of positions where it has one"
+            f"{path}: got latents of {sides}: {reason(error)}; allowed sides that the network takes, within its table "
+            "of positions where it has one"
         ) from error
+    return graph
 
 
 def float_graph(folder: Path) -> Path | None:
@@ -72,14 +64,22 @@ def float_graph(folder: Path) -> Path | None:
     return None if manifest.get("float_start") is None else folder / denoiser_part(manifest) / FLOAT_GRAPH
 
 
-def read_float_graph(folder: Path, manifest: Mapping[str, Any], core: ov.Core, size: Size | None = None) -> ov.Model:
-    """The full-precision graph of a folder with float steps; the arguments are those of `read_graph`.
+def read_float_graph(folder: Path, core: ov.Core) -> ov.Model:
+    """The full-precision graph of a folder with float steps, at the manifest's batch and size.
 
     Raises:
         ModelError: as `read_graph`.
     """
+    manifest = unverified_manifest(folder)
+    graph = float_graph_on_disk(folder, manifest, core)
+    return sized(graph, manifest, folder / FLOAT_GRAPH) if manifest.get("any_size", False) else graph
+
+
+def float_graph_on_disk(folder: Path, manifest: Mapping[str, Any], core: ov.Core) -> ov.Model:
+    """The full-precision graph of a folder with float steps, for the batch and size on disk, which may be any.
+
+    Raises:
+        ModelError: OpenVINO cannot read the files.
+    """
     part = folder / denoiser_part(manifest)
-    graph = read_text_and_weights(part / FLOAT_GRAPH, part / FLOAT_WEIGHTS, core)
-    if size is not None:
-        _set_size(graph, manifest, part / FLOAT_GRAPH, size)
-    return graph
+    return read_text_and_weights(part / FLOAT_GRAPH, part / FLOAT_WEIGHTS, core)

@@ -37,6 +37,9 @@ from pqcad_qat.serving.packing import WeightFormat, compress_text, pack_weights,
 MANIFEST = "manifest.json"
 """Name of the file that describes a deployed folder."""
 
+SERVER_GRAPH = "graph.pbtxt"
+"""Name of OpenVINO Model Server's file, in text-to-image folders that it can serve."""
+
 MODEL_INDEX = "model_index.json"
 """Name of diffusers' file that lists the parts of a pipeline."""
 
@@ -260,7 +263,7 @@ def copy_folder(
     unchanged = [
         name
         for name in manifest["files"]
-        if name not in (manifest["graph"], f"{part}/{WEIGHTS}")
+        if name not in (manifest["graph"], f"{part}/{WEIGHTS}", SERVER_GRAPH)
         and (pipeline_parts or name.split("/")[0] not in _folders_beside_the_denoiser())
     ]
 

@@ -12,27 +12,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.sampling.precision_by_time import StepsInFloat, in_parts
 from pqcad_qat.sampling.trajectory import NoiseSchedule
-from pqcad_qat.serving.compiled_graph import Requests, compile_graph
-from pqcad_qat.serving.denoiser_graphs import read_float_graph
 from pqcad_qat.serving.deployed_folder import MANIFEST
-from pqcad_qat.serving.graph_checks import check_graph
 from pqcad_qat.serving.graph_inputs import SAMPLE, TIME
-from pqcad_qat.serving.manifest import FLOAT_GRAPH
-from pqcad_qat.serving.per_size import Size
 
 Float32 = npt.NDArray[np.float32]
 """Array of float32."""
 
 Inputs = Mapping[str, npt.NDArray[Any]]
 """Inputs of a graph for a whole batch, by name."""
-
-FULL_PRECISION: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}
-"""OpenVINO property of the graph: BF16 would round as coarsely as INT8."""
 
 
 def steps_in_float(
@@ -57,25 +48,6 @@ def steps_in_float(
         allowed = f"parts of the steps {', '.join(f'{t:g} to {s:g}' for t, s in walk) or 'of a sampler'}"
         raise ModelError(f"{folder / MANIFEST}: float_stops: got {other[0]}; allowed {allowed}")
     return found
-
-
-def float_requests(
-    manifest: Mapping[str, Any],
-    folder: Path,
-    core: ov.Core,
-    *,
-    device: str,
-    properties: Mapping[str, Any] | None,
-    size: Size | None = None,
-) -> Requests:
-    """Compile the graph of the float steps, for a size that is not that on disk where there is one.
-
-    Raises:
-        ModelError: the graph is damaged, or OpenVINO cannot compile it.
-    """
-    graph = read_float_graph(folder, manifest, core, size)
-    check_graph(graph, {**manifest, "graph": FLOAT_GRAPH, "layers": {}}, folder)
-    return Requests(compile_graph(graph, core, device, {**FULL_PRECISION, **(properties or {})}))
 
 
 def in_full_precision(

@@ -35,8 +35,7 @@ SAMPLE, STATES, TIME = "sample", "hidden_states", "timestep"
 def ports_of(family: Family, conditions: Collection[str]) -> tuple[str, ...]:
     """The inputs of an exported graph of this family, in order.
 
-    The positions of rows are inputs only to match diffusers' signature: the graph has one size, so it knows them
-    already.
+    In a graph of one size, the positions of rows are inputs only to match diffusers' signature: it knows them already.
     """
     states = STATES if family.part == "transformer" else SAMPLE
     return (states, TIME, *conditions, *(PLACES if family.takes_rows else ()))

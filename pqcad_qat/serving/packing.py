@@ -57,6 +57,9 @@ call, and the suffix of nodes that combine a layer's output with constants. Open
 adapter changes by their paths with a dot before them.
 """
 
+SOFTMAX = "/softmax"
+"""Suffix of the name of the softmax of a quantized attention."""
+
 RENAMED = ("/Dequantization", FOLLOWING, "_original")
 """Suffixes behind a layer's name that OpenVINO creates, where it fuses the layer with what follows or separates it from
 its scale.
@@ -70,12 +73,18 @@ def call_name(layer: str, call: int) -> str:
 
 def called_layer(node: str, layers: Collection[str]) -> str | None:
     """The layer, among these, that a product of this name computes; None for any other product."""
-    path = node.removeprefix(LAYER)
-    for name in (path, *(path.partition(mark)[0] for mark in RENAMED)):
-        layer, _, call = name.rpartition(FURTHER)
-        if name in layers or (layer in layers and call.isdigit()):
-            return name if name in layers else layer
+    # a path may itself begin like the prefix, which folders of older versions do not have
+    for path in (node.removeprefix(LAYER), node):
+        for name in (path, *(path.partition(mark)[0] for mark in RENAMED)):
+            layer, _, call = name.rpartition(FURTHER)
+            if name in layers or (layer in layers and call.isdigit()):
+                return name if name in layers else layer
     return None
+
+
+def softmax_name(path: str) -> str:
+    """Name of the node that computes the softmax of the quantized attention of this module."""
+    return f"{LAYER}{path}{SOFTMAX}"
 
 
 def stored_bits(weights: npt.NDArray[np.integer], widths: Collection[int]) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.json_files import shown
 from pqcad_qat.sampling.ddpm_schedule import Walk
 from pqcad_qat.sampling.flow import FlowSchedule
 from pqcad_qat.sampling.trajectory import NoiseSchedule
@@ -57,20 +58,17 @@ class Beginning:
         """
         first = int(of_all - of_all * self.strength) if flow else of_all - int(of_all * self.strength)
         if first >= of_all:
-            raise ModelError(
-                f"strength: got {self.strength:g}, none of {of_all} steps; allowed {1 / of_all:g} and more"
-            )
+            raise ModelError(f"strength: got {self.strength:g}, none of {of_all} steps; allowed 1/{of_all} and more")
         return first
 
 
-def beginning(image: Any, mask: Any, strength: float | None, size: Size | None, *, factor: int) -> Beginning | None:
+def beginning(image: Any, mask: Any, strength: Any, *, factor: int) -> Beginning | None:
     """Read what a caller asks to begin from; None without an image.
 
     Args:
         image: (H, W, 3) in uint8.
-        mask: (H, W) or (H, W, 1).
+        mask: (H, W) or (H, W, 1), of bool, uint8, or floats from 0 to 1.
         strength: as of `Beginning`; None for the default.
-        size: height and width that are asked for beside the image.
         factor: ratio of a picture's side to that of its latents.
 
     Raises:
@@ -80,29 +78,45 @@ def beginning(image: Any, mask: Any, strength: float | None, size: Size | None, 
         if given := [name for name, value in (("mask", mask), ("strength", strength)) if value is not None]:
             raise ModelError(f"{given[0]}: got it alone; allowed beside an image")
         return None
-    pixels = np.asarray(image)
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+    pixels = _array(image, "image", "uint8 of shape (H, W, 3)")
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
         raise ModelError(f"image: got {pixels.dtype} of shape {pixels.shape}; allowed uint8 of shape (H, W, 3)")
-    height, width = pixels.shape[:2]
-    if any(side % factor for side in (height, width)) or size not in (None, (height, width)):
-        wanted = f"multiples of {factor}" if size is None else f"{size[0]}x{size[1]}, the size that is asked for"
-        raise ModelError(f"image: got {height}x{width} pixels; allowed {wanted}")
+    size = (pixels.shape[0], pixels.shape[1])
+    if any(side % factor for side in size):
+        raise ModelError(f"image: got {size[0]}x{size[1]} pixels; allowed multiples of {factor}")
     share = (STRENGTH if mask is None else UNDER_A_MASK) if strength is None else strength
-    if not 0 < share <= 1:
-        raise ModelError(f"strength: got {share:g}; allowed over 0 to 1")
+    if not isinstance(share, int | float) or not 0 < share <= 1:
+        raise ModelError(f"strength: got {shown(share)}; allowed over 0 to 1")
     picture = np.asarray(pixels.transpose(2, 0, 1)[None] / 127.5 - 1, np.float32)
-    return Beginning(picture, None if mask is None else _mask(np.asarray(mask), (height, width), factor), share)
+    return Beginning(picture, None if mask is None else _mask(mask, size, factor), float(share))
 
 
-def _mask(mask: npt.NDArray[Any], size: Size, factor: int) -> Float32:
-    """The mask (1, 1, h, w) of latents."""
+def _array(value: Any, name: str, allowed: str) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise ModelError(f"{name}: got what numpy makes no array of: {error}; allowed {allowed}") from error
+
+
+def _mask(value: Any, size: Size, factor: int) -> Float32:
+    """The mask (1, 1, h, w) of latents.
+
+    Raises:
+        ModelError: it has another shape or type, or there is nothing to paint.
+    """
+    mask = _array(value, "mask", "an array of the image's size")
     if mask.shape not in (size, (*size, 1)):
         raise ModelError(f"mask: got shape {mask.shape}; allowed {size}, that of the image")
-    if mask.dtype == np.bool_:
-        painted = mask
+    if mask.dtype.kind == "f" and (mask >= 0).all() and (mask <= 1).all():
+        painted = mask > 0.5
+    elif mask.dtype in (np.bool_, np.uint8):
+        painted = mask > (127 if mask.dtype == np.uint8 else 0)
     else:
-        painted = mask > (np.iinfo(mask.dtype).max / 2 if mask.dtype.kind in "iu" else 0.5)
-    return np.asarray(painted.reshape(size)[::factor, ::factor][None, None], np.float32)
+        raise ModelError(f"mask: got {mask.dtype}; allowed bool, uint8, or floats from 0 to 1")
+    of_latents = painted.reshape(size)[::factor, ::factor]
+    if not of_latents.any():
+        raise ModelError("mask: got one that is nowhere above half; allowed one with something to paint")
+    return np.asarray(of_latents[None, None], np.float32)
 
 
 @dataclass(frozen=True)
@@ -127,7 +141,8 @@ class Changes:
 
     def begun(self, t: float) -> Float32:
         """States (N, C, h, w) from which sampling begins at time t."""
-        return self.noise if self.start.strength == 1 else self._noised(t)
+        # a picture's own latents show through the noise, unless what is painted has nothing to do with it
+        return self.noise if self.start.mask is not None and self.start.strength == 1 else self._noised(t)
 
     def kept(self, x: Float32, t: float | None) -> Float32:
         """States x (N, C, h, w) at time t, None at the end, with the picture's own outside the mask."""

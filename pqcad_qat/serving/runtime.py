@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.families.family import DENOISER_FOLDERS
+from pqcad_qat.models.families.table import family_named
 from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS, StepsInFloat
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import NoiseSchedule, noise_schedule
@@ -87,6 +88,7 @@ class OVUNet2DModel(StandIn):
         scheduler_config: diffusers' config of the scheduler that the model was made for.
         manifest: the folder's manifest.
         sample_shape: shape (C, H, W) of one sample; a folder of any size takes other H and W too.
+        multiple: number of which the H and W of samples have to be multiples.
         batch_size: number of samples in one run of the graph.
         conditions: inputs besides sample and timestep, in order: {name, shape for one sample, dtype, bound}.
         inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use, the precision of layers outside the plan.
@@ -113,7 +115,10 @@ class OVUNet2DModel(StandIn):
         warn_without_vnni(self.manifest, folder)
         self.in_float = steps_in_float(self.manifest, folder, self._schedule, self.scheduler_config.get(STEPS))
         in_float = self.in_float.start != NO_FLOAT_STEPS
-        self._sizes = CompiledSizes(folder, self.manifest, device, properties, in_float=in_float)
+        self.multiple: int = family_named(str(self.config.get("_class_name"))).multiple(self.config)
+        self._sizes = CompiledSizes(
+            folder, self.manifest, device, properties, in_float=in_float, multiple=self.multiple
+        )
         self.compiled = self._sizes.own.compiled
         self.inference_precision: str = inference_precision(self.compiled)
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.machine.json_files import read_json
+from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.models.families.prompt_layouts import Arrays, PromptLayout, Wanted
 from pqcad_qat.models.families.table import prompt_layouts
 from pqcad_qat.sampling.schedulers import STEPS
@@ -135,17 +135,17 @@ class TextToImage:
             steps: number of sampling steps; None takes the denoiser's `steps`.
             seed: seed of the noise; picture k of a seed always starts from the same noise.
             count: number of pictures of each prompt, each from its own noise.
-            size: height and width of the pictures in pixels, for a folder of any size; None takes that of `image`, or
-                the folder's own.
+            size: height and width of the pictures in pixels; None takes that of `image`, or the folder's own.
             image: picture to begin from, (H, W, 3) in uint8 or what numpy makes such an array of, like PIL's images.
-            mask: where `image` is painted anew, (H, W) or (H, W, 1): there it is above half of the type's range.
+            mask: where `image` is painted anew, (H, W) or (H, W, 1): true, above 127 of uint8, or above 0.5 of floats.
             strength: share of the sampling steps that change `image`, over 0 to 1; None takes 0.8, or 1 with a mask.
             advance: function called after each sampling step with the number of pictures.
             stop: function asked before each sampling step; when it returns True, no picture is returned, (0, 3, H, W).
 
         Raises:
-            ModelError: a negative prompt is given without guidance; the sampler does not support this number of steps;
-                the folder has another size, or no VAE encoder for an image; or image, mask and strength do not fit.
+            ModelError: a negative prompt is given without guidance; there is no prompt or no picture asked for; the
+                sampler does not support this number of steps; the folder does not take the size, or has no VAE encoder
+                for an image; or image, mask and strength do not fit.
         """
         scale = self.guidance if guidance is None else guidance
         if negative is not None and scale == 1.0:
@@ -153,10 +153,10 @@ class TextToImage:
                 "guidance: got a scale of 1, at which there is no pass that a negative prompt could condition; "
                 "allowed with it any other scale"
             )
-        prompts, negatives = _paired(prompt, negative)
+        prompts, negatives = _paired(prompt, negative, count)
         self._warn_of_cuts(*prompts, *(text or "" for text in negatives))
-        start = beginning(image, mask, strength, size, factor=self.decoder.factor)
-        latents = self._latent_size(size if start is None else start.size)
+        start = beginning(image, mask, strength, factor=self.decoder.factor)
+        latents = self._latent_size(size, None if start is None else start.size)
         condition = self._conditions(prompts, latents, count)
         unconditional = {} if scale == 1.0 else self._unconditional(condition, negatives, latents, count)
 
@@ -175,7 +175,9 @@ class TextToImage:
             return guided(prediction[: len(x_t)], prediction[len(x_t) :], scale)
 
         x = initial_noise(seed, 0, len(prompts) * count, (self.denoiser.sample_shape[0], *latents))
-        changes = None if start is None else Changes(start, self._encoded(start.picture), x, schedule)
+        changes = None
+        if start is not None and self.encoder is not None:
+            changes = Changes(start, self.encoder(start.picture), x, schedule)
         if changes is not None:
             walk = changes.walk(walk)
             x = changes.begun(walk[0][0])
@@ -207,22 +209,33 @@ class TextToImage:
         found = [self.embeddings(prompt, latents) for prompt in prompts]
         return {name: np.repeat(np.concatenate([each[name] for each in found]), count, 0) for name in found[0]}
 
-    def _latent_size(self, size: Size | None) -> Size:
-        """Size of the latents of pictures of a size in pixels."""
-        factor, own = self.decoder.factor, self.denoiser.sample_shape[1:]
-        if size is None:
-            return own
-        if any(side < factor or side % factor for side in size):
-            raise ModelError(f"size: got {size[0]}x{size[1]}; allowed multiples of {factor}")
-        return size[0] // factor, size[1] // factor
+    def _latent_size(self, asked: Any, of_image: Size | None) -> Size:
+        """Size of the latents of the pictures that are asked for, or of an image, or the folder's own.
 
-    def _encoded(self, picture: Float32) -> Float32:
-        if self.encoder is None:
+        Raises:
+            ModelError: the folder does not take it, or it is not that of the image, or the image cannot be encoded.
+        """
+        if of_image is not None and self.encoder is None:
             raise ModelError(
-                f"{self.denoiser.folder}: image: got one; allowed with a folder that holds {VAE_ENCODER}: "
-                "`export` writes it again, with openvino-tokenizers and the pipeline's parts"
+                f"{self.denoiser.folder}: image: got one; allowed with a folder that holds {VAE_ENCODER}: one of a "
+                "pipeline that OpenVINO GenAI has, exported with its VAE and text encoders"
             )
-        return self.encoder(picture)
+        factor, own = self.decoder.factor, self.denoiser.sample_shape[1:]
+        found = of_image or (own[0] * factor, own[1] * factor)
+        if asked is not None:
+            known = isinstance(asked, list | tuple) and len(asked) == 2
+            if not known or not all(isinstance(side, int) and not isinstance(side, bool) for side in asked):
+                raise ModelError(f"size: got {shown(asked)}; allowed height and width in pixels, such as (512, 512)")
+            if of_image not in (None, tuple(asked)):
+                raise ModelError(f"image: got {_by(of_image)} pixels; allowed {_by(asked)}, the size that is asked for")
+            found = (asked[0], asked[1])
+        latents = (found[0] // factor, found[1] // factor)
+        step = factor * self.denoiser.multiple
+        free = self.denoiser.manifest.get("any_size", False)
+        if latents != own and (not free or any(side < step or side % step for side in found)):
+            allowed = f"multiples of {step}" if free else f"{_by([side * factor for side in own])}, the folder's own"
+            raise ModelError(f"{'size' if of_image is None else 'image'}: got {_by(found)} pixels; allowed {allowed}")
+        return latents
 
     def _warn_of_cuts(self, *prompts: str) -> None:
         """Warn of words that an encoder does not read, as diffusers does."""
@@ -240,11 +253,13 @@ class TextToImage:
         return self._conditions([text or "" for text in negatives], latents, count)
 
 
-def _paired(prompt: str | Sequence[str], negative: str | Sequence[str] | None) -> tuple[list[str], list[str | None]]:
+def _paired(
+    prompt: str | Sequence[str], negative: str | Sequence[str] | None, count: int
+) -> tuple[list[str], list[str | None]]:
     """The prompts, and for each its negative prompt.
 
     Raises:
-        ModelError: there is no prompt, or another number of negative ones.
+        ModelError: there is no prompt, another number of negative ones, or no picture asked for.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     several = not (negative is None or isinstance(negative, str))
@@ -254,4 +269,10 @@ def _paired(prompt: str | Sequence[str], negative: str | Sequence[str] | None) -
             f"prompts: got {len(prompts)} and {len(negatives)} negative ones; allowed one or more, and as many "
             "negative ones, or one for all"
         )
+    if count < 1:
+        raise ModelError(f"count: got {count}; allowed 1 and more pictures of each prompt")
     return prompts, negatives
+
+
+def _by(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))

@@ -12,9 +12,11 @@ import numpy.typing as npt
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.families.latent_rows import PATCH, THOUSANDTHS, packed, rows_shape, unpacked
+from pqcad_qat.models.families.latent_rows import places as _places
 from pqcad_qat.models.families.table import family_named
 from pqcad_qat.serving.diffusers_calls import Call
 from pqcad_qat.serving.diffusers_stand_in import ModelMixin
+from pqcad_qat.serving.manifest import LARGEST_SIDE
 from pqcad_qat.serving.runtime import Float32, OVUNet2DModel
 
 __all__ = ["ModelMixin", "OVTransformer2DModel"]
@@ -40,14 +42,14 @@ class OVTransformer2DModel(OVUNet2DModel):
             ModelError: sequence and places do not match, or the folder does not take this size.
         """
         channels, height, width = self.sample_shape
-        if places is not None and places.shape[-1:] == (3,) and self.manifest.get("any_size", False):
-            height, width = (PATCH * (int(last) + 1) for last in places.reshape(-1, 3).max(axis=0)[1:])
+        given = None if places is None else places.reshape(-1, places.shape[-1]) if places.ndim else places
+        if given is not None and self.manifest.get("any_size", False) and given.shape[1:] == (3,) and len(given):
+            sides = np.nan_to_num(given[:, 1:].max(axis=0), nan=0, posinf=0, neginf=0).clip(0, LARGEST_SIDE)
+            height, width = (PATCH * (int(last) + 1) for last in sides)
         rows = rows_shape(channels, height, width)
-        last = [0, height // PATCH - 1, width // PATCH - 1]
-        wrong = places is not None and (places.shape[-1:] != (3,) or (places.reshape(-1, 3).max(axis=0) != last).any())
-        if states.shape[1:] != rows or wrong:
+        if states.shape[1:] != rows or not (given is None or np.array_equal(given, _places(height, width))):
             raise ModelError(
                 f"{self.folder}: latents: got shape {states.shape}; allowed (B, {rows[0]}, {rows[1]}), the rows that "
-                f"latents of {height}x{width} are packed to"
+                f"latents of {height}x{width} are packed to, with their img_ids"
             )
         return height, width

@@ -14,6 +14,7 @@ import numpy as np
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
+from pqcad_qat.models.families.family import factor_of
 from pqcad_qat.serving.compiled_graph import Requests, compile_graph, shared_core
 from pqcad_qat.serving.graph_checks import port_of
 from pqcad_qat.serving.manifest import CONFIG, GRAPH, PART_FOLDERS, VAE_ENCODER
@@ -55,8 +56,10 @@ class PictureDecoder:
         self._channels, *size = sample_shape
         self.config, self.factor = _vae_config(self._part, self._channels)
         self._device, self._properties = device, properties
-        self._sizes = PerSize(self._compile)
-        self._sizes.at((size[0], size[1]))
+        self._graph = read_part(self._part, {"latent_sample"})
+        own = (size[0], size[1])
+        self._sizes = PerSize(self._compile, own)
+        self._sizes.at(own)
 
     def __call__(self, latents: Float32) -> Float32:
         """Decode latents (N, C, h, w), as the denoiser returns them, to pictures (N, 3, H, W) in about [-1, 1].
@@ -70,7 +73,7 @@ class PictureDecoder:
         )
 
     def _compile(self, size: Size) -> Requests:
-        graph, shape = read_part(self._part, {"latent_sample"}), (self._channels, *size)
+        graph, shape = self._graph.clone(), (self._channels, *size)
         reshape_part(graph, (1, *shape), self._part)
         pictures = ([1, 3, *(self.factor * side for side in size)], "float32")
         if (output := port_of(graph.outputs[0])) != pictures:
@@ -99,6 +102,7 @@ class PictureEncoder:
         self._config, self._factor = _vae_config(self._part, channels)
         self._channels = channels
         self._device, self._properties = device, properties
+        self._graph = read_part(self._part, {"sample"})
         self._sizes = PerSize(self._compile)
 
     def __call__(self, pictures: Float32) -> Float32:
@@ -113,7 +117,7 @@ class PictureEncoder:
         return unscaled_latents(self._config, np.concatenate(found)[:, : self._channels])
 
     def _compile(self, size: Size) -> Requests:
-        graph = read_part(self._part, {"sample"})
+        graph = self._graph.clone()
         reshape_part(graph, (1, 3, *size), self._part)
         latents = ([1, 2 * self._channels, *(side // self._factor for side in size)], "float32")
         if (output := port_of(graph.outputs[0])) != latents:
@@ -134,7 +138,7 @@ def _vae_config(part: Path, channels: int) -> tuple[dict[str, Any], int]:
             f"{part / CONFIG}: block_out_channels: got {shown(blocks)}; allowed a list of 1 to {MOST_BLOCKS}"
         )
     _check_scale(config, channels, part / CONFIG)
-    return config, 2 ** (len(blocks) - 1)
+    return config, factor_of(blocks)
 
 
 def scaled_latents(config: Mapping[str, Any], latents: Float32) -> Float32:

@@ -17,6 +17,7 @@ from pqcad_qat.export.export_model import ExportRequest
 from pqcad_qat.export.proof import ParityReport, end_to_end_psnr
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.quantization.conversion import frozen_weights
+from pqcad_qat.serving.deployed_folder import unverified_manifest
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.stage_records import IntegerParity
@@ -41,12 +42,12 @@ def whole_proofs(
 
 def at_any_size(prepared: Prepared, request: ExportRequest, folder: Path) -> int | None:
     """Number of planned layers that execute in INT8 where the shipped graph is compiled as it is on disk, for any batch
-    and size; None for a graph of one size.
+    and size; None for a graph of one size, and for packed weights, which other programs do not read.
 
     Raises:
         ExportError: as `refuse_float`.
     """
-    if not request.any_size:
+    if not request.any_size or unverified_manifest(folder)["weights"]["format"] != "int8":
         return None
     executed = execution_at_any_size(folder, request.layers, request.attention)
     refuse_float(prepared.plan, executed, f"{folder}, compiled for any size")

@@ -24,9 +24,10 @@ from pqcad_qat.models.families.latent_rows import PLACES
 from pqcad_qat.policy.variants import FLOAT_STEPS, REFERENCE, VARIANTS
 from pqcad_qat.report.record import Hardware, Timing
 from pqcad_qat.serving.compiled_graph import compile_graph, reason, shared_core
-from pqcad_qat.serving.denoiser_graphs import float_graph, read_graph
+from pqcad_qat.serving.denoiser_graphs import float_graph, read_float_graph, read_graph
 from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_bytes
 from pqcad_qat.serving.graph_inputs import port_values
+from pqcad_qat.serving.manifest import FLOAT_GRAPH
 from pqcad_qat.timing.baseline_trials import Inputs
 from pqcad_qat.timing.hardware import hardware
 
@@ -200,6 +201,8 @@ def read_source(source: Path, core: ov.Core, batch: int | None = None) -> ov.Mod
     """
     if (source / MANIFEST).is_file():
         model = read_graph(source, core)
+    elif source.name == FLOAT_GRAPH:
+        model = read_float_graph(source.parent.parent, core)
     elif not source.is_file():
         raise ModelError(f"{source}: got no such file; allowed an OpenVINO model's xml or a deployed folder")
     else:

@@ -18,6 +18,7 @@ from text_pipelines import FLOAT, DeployedPipeline, deployed, float_pipeline
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.export.execution import execution_at_any_size
+from pqcad_qat.export.model_server import server_graph
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.serving.deployed_folder import copy_folder, read_manifest
 from pqcad_qat.serving.graph_checks import port_of
@@ -127,10 +128,12 @@ def test_a_copy_in_another_format_takes_any_size_too(tmp_path_factory: pytest.Te
 def test_a_size_that_the_levels_cannot_halve_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = two_levels(tmp_path_factory).folder
     x, t, conditions = inputs_of(folder, 1, (9, 8))
-    with pytest.raises(ModelError, match=r"got latents of 9x8, which its graph does not take: .*; allowed sides"):
+    with pytest.raises(
+        ModelError, match=r"got shape \(1, 4, 9, 8\); allowed \(B, 4, H, W\) with H and W multiples of 2"
+    ):
         OVUNet2DModel.from_pretrained(folder).predict(x, t, conditions)
     x, t, conditions = inputs_of(folder, 1, (8, 8))
-    with pytest.raises(ModelError, match=r"got shape \(1, 3, 8, 8\); allowed \(B, 4, any height, any width\)"):
+    with pytest.raises(ModelError, match=r"got shape \(1, 3, 8, 8\); allowed \(B, 4, H, W\)"):
         OVUNet2DModel.from_pretrained(folder).predict(x[:, :3], t, conditions)
 
 
@@ -140,6 +143,18 @@ def test_a_pipeline_that_genai_does_not_have_keeps_its_one_size(tmp_path_factory
     assert manifest["any_size"] is False
     assert "vae_encoder" not in manifest["parts"]
     assert not ov.Core().read_model(folder / manifest["graph"]).is_dynamic()
+
+
+def test_patches_lie_where_pytorch_has_them(tmp_path: Path) -> None:
+    """In floating point, where a wrong place shows; the float steps' graph takes other sizes too."""
+    where = deployed("flux", tmp_path, FLOAT, bits=None, float_from=500.0)
+    runtime = OVUNet2DModel.from_pretrained(where.folder, properties=F32)
+    for size in ((12, 16), (16, 4), (4, 16)):  # the last ones have as many patches as the folder's own
+        x, _, conditions = inputs_of(where.folder, 1, size)
+        for t in (300.0, 700.0):
+            wanted = predicted(where.model, x, t, conditions)
+            found = runtime.predict(x, t, conditions)
+            assert 20 * np.log10(np.ptp(wanted) / np.sqrt(np.mean((found - wanted) ** 2))) > 60
 
 
 OPTIONS = {
@@ -168,3 +183,9 @@ def test_the_file_for_openvino_model_server_is_as_documented(where: DeployedPipe
         "default_num_inference_steps": 3,
     }
     assert "graph.pbtxt" in read_manifest(where.folder)["files"]
+    assert 'default_resolution: "24x16"' in server_graph((16, 24), 3)
+
+
+def test_packed_weights_are_not_for_other_programs(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    copy_folder(two_levels(tmp_path_factory).folder, tmp_path / "packed", "packed")
+    assert "graph.pbtxt" not in read_manifest(tmp_path / "packed")["files"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from pqcad_qat.policy.layer_rules import LayerRule, numbered
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.student_folder import STEPS
+from pqcad_qat.sampling.precision_by_time import StepsInFloat
 
 TOKENS = 12
 """Number of tokens of a prompt for CLIP, including the start and end tokens."""
@@ -100,11 +101,12 @@ def deployed(
     schedule: Mapping[str, Any] | None = None,
     *,
     bits: int | None = 7,
+    float_from: float | None = None,
     change: Callable[[Path], None] = lambda _: None,
 ) -> DeployedPipeline:
     """Deploy the pipeline of that name without training: weights of every denoiser layer at so many bits (None: all in
     floating point), ranges from two states, its parts in the formats `asked`; `schedule` changes keys of its
-    scheduler's config, and `change` its folder.
+    scheduler's config, and `change` its folder. Full precision computes the steps from the time `float_from`.
     """
     source = PIPELINES[kind](folder)
     change(source)
@@ -136,6 +138,8 @@ def deployed(
     request = ExportRequest(
         model, scheduler, layers, full.sample_shape, batch_size=2, conditions=inputs, pipeline_parts=deployable
     )
+    if float_from is not None:
+        request = replace(request, full=full.denoiser, in_float=StepsInFloat(float_from))
     export_model(request, path)
     return DeployedPipeline(parts, path, latents, model)
 

@@ -7,7 +7,7 @@ modules pass through some of these functions, but this file does not import torc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -41,6 +41,14 @@ PIPELINE_ROOT = "DiffusionPipeline"
 
 SCALING = ("shift_factor", "latents_mean", "latents_std")
 """Keys of a VAE's config that, beside scaling_factor, say how latents are scaled for its decoder."""
+
+
+def factor_of(blocks: Sequence[Any]) -> int:
+    """Return the ratio of the sides before and after a network of so many levels, each half as large as the one before.
+
+    For a VAE it is that of a picture's side to the side of its latents.
+    """
+    return int(2 ** (len(blocks) - 1))
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,7 @@ class Family:
             adds.
         rotations: classes of modules that compute only from patch positions, and so are constants of a graph of one
             size.
+        multiple: function from a config to the number by which the class divides the height and width of x_t.
         float_ports: conditions of whole numbers that a graph takes as float32, as diffusers' pipelines pass them.
         runtime: module and class that stand for the denoiser in a deployed folder's model_index.json.
     """
@@ -142,6 +151,7 @@ class Family:
     resizable: bool = False
     scheduler: Callable[[Config, tuple[int, int], str], dict[str, Any]] = lambda config, *_: dict(config)
     rotations: tuple[str, ...] = ()
+    multiple: Callable[[Config], int] = lambda _: 1
     float_ports: tuple[str, ...] = ()
     runtime: tuple[str, str] = ("pqcad_qat.serving.runtime", "OVUNet2DModel")
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from pqcad_qat.models.families.config_faults import allowed, sides_of
 from pqcad_qat.models.families.family import TEXT, Config, Family, Pipeline
-from pqcad_qat.models.families.latent_rows import THOUSANDTHS, packed, places, rows_shape, text_places, unpacked
+from pqcad_qat.models.families.latent_rows import PATCH, THOUSANDTHS, packed, places, rows_shape, text_places, unpacked
 from pqcad_qat.models.families.prompt_layouts import LAST, Arrays, Encoders, PromptLayout, Wanted
 from pqcad_qat.models.families.stable_diffusion_3 import POOLED, joint_attention
 from pqcad_qat.sampling.flow import settled
@@ -115,6 +115,7 @@ FAMILY = Family(
     takes_rows=True,
     default_size=DEFAULT_SIZE,
     resizable=True,
+    multiple=lambda _: PATCH,
     scheduler=_scheduler,
     rotations=("FluxPosEmbed",),
     runtime=("pqcad_qat.serving.transformer", "OVTransformer2DModel"),

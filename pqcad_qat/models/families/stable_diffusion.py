@@ -10,7 +10,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from pqcad_qat.models.families.config_faults import allowed, among, nothing
-from pqcad_qat.models.families.family import LARGEST_SIZE, TEXT, ConditionInput, Config, Family, Pipeline, text_inputs
+from pqcad_qat.models.families.family import (
+    LARGEST_SIZE,
+    TEXT,
+    ConditionInput,
+    Config,
+    Family,
+    Pipeline,
+    factor_of,
+    text_inputs,
+)
 from pqcad_qat.models.families.prompt_layouts import (
     LAST,
     PROJECTED,
@@ -181,5 +190,6 @@ FAMILY = Family(
     ),
     held_in={"text_embeds": "added_cond_kwargs", "time_ids": "added_cond_kwargs"},
     resizable=True,
+    multiple=lambda config: factor_of(config.get("block_out_channels") or [0]),
     float_ports=("time_ids",),
 )

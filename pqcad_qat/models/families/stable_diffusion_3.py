@@ -93,5 +93,6 @@ FAMILY = Family(
         ),
     ),
     resizable=True,
+    multiple=lambda config: int(config.get("patch_size") or 2),
     runtime=("pqcad_qat.serving.transformer", "OVTransformer2DModel"),
 )
