@@ -139,6 +139,10 @@ def sample(
     guidance: float | None = None,
     prompt: str | None = None,
     negative: str | None = None,
+    size: str | None = None,
+    image: str | None = None,
+    mask: str | None = None,
+    strength: float | None = None,
 ) -> None:
     """Sample images from a folder, also from a prompt, and write them as a grid; or write latents.
 
@@ -156,6 +160,10 @@ def sample(
         prompt: what the image shows, for a run or deployed folder with a whole text-to-image pipeline; needs no
             PyTorch.
         negative: what the image does not show; only with a prompt and guidance.
+        size: height and width of the images in pixels, as 512 or as 512,768; only with a prompt.
+        image: file of a picture that the prompt changes.
+        mask: file of a picture of the same size; where it is bright, the image is painted anew, and else kept.
+        strength: share of the sampling steps that change the image, over 0 to 1; by default 0.8, or 1 with a mask.
     """
     from pqcad_qat.commands.sample import SampleRequest
     from pqcad_qat.commands.sample import sample as sample_folder
@@ -170,6 +178,10 @@ def sample(
         guidance=guidance_scale(guidance),
         prompt=prompt,
         negative=negative,
+        size=None if size is None else height_and_width("size", size),
+        image=None if image is None else Path(image),
+        mask=None if mask is None else Path(mask),
+        strength=strength,
     )
     sampled = sample_folder(request, console.PROGRESS)
     console.tell(*(f"warning: {warning}" for warning in sampled.warnings), f"{out}: {sampled.text}")

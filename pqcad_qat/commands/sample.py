@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
 from rich.console import Console
 
 from pqcad_qat.errors import UsageError
@@ -53,6 +56,10 @@ class SampleRequest:
         guidance: scale of classifier-free guidance; None for the one that the folder was made for.
         prompt: what the image shows, for a folder that holds a whole text-to-image pipeline.
         negative: what the image does not show.
+        size: height and width in pixels, of an image from a prompt.
+        image: file of a picture that the prompt changes.
+        mask: file of a picture that is bright where the image is painted anew.
+        strength: share of the sampling steps that change the image.
     """
 
     folder: str
@@ -64,6 +71,10 @@ class SampleRequest:
     guidance: float | None = None
     prompt: str | None = None
     negative: str | None = None
+    size: tuple[int, int] | None = None
+    image: Path | None = None
+    mask: Path | None = None
+    strength: float | None = None
 
 
 def sample(request: SampleRequest, console: Console) -> Sampled:
@@ -75,8 +86,10 @@ def sample(request: SampleRequest, console: Console) -> Sampled:
     """
     if request.out.suffix.lower() not in (PICTURES, LATENTS):
         raise UsageError(f"--out: got {str(request.out)!r}; allowed a name in .png, or of latents in .safetensors")
-    if request.prompt is None and request.negative is not None:
-        raise UsageError("--negative: got it alone; allowed beside --prompt")
+    of_prompts = ("negative", "size", "image", "mask", "strength")
+    alone = [name for name in of_prompts if getattr(request, name) is not None]
+    if request.prompt is None and alone:
+        raise UsageError(f"--{alone[0]}: got it alone; allowed beside --prompt")
     if request.prompt is None:
         return _of_choices(request, console)
     if request.conditions is not None:
@@ -91,6 +104,8 @@ def _of_prompt(request: SampleRequest, prompt: str, console: Console) -> Sampled
     out, count, guidance = request.out, request.count or 1, request.guidance
     if out.suffix.lower() != PICTURES:
         raise UsageError(f"--out: got {str(out)!r}; allowed a name in .png, for a prompt makes pictures")
+    image = None if request.image is None else _pixels("image", request.image, "RGB")
+    mask = None if request.mask is None else _pixels("mask", request.mask, "L")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
@@ -105,12 +120,30 @@ def _of_prompt(request: SampleRequest, prompt: str, console: Console) -> Sampled
                 request.steps,
                 seed=request.seed,
                 count=count,
+                size=request.size,
+                image=image,
+                mask=mask,
+                strength=request.strength,
                 advance=lambda _: bar.advance(task),
             )
     save_grid(pictures, out)
     scale = pipeline.guidance if guidance is None else guidance
     text = f"{count} images of {prompt!r}, {walked} steps, guidance {scale:g}, openvino"
     return Sampled(out, text, tuple(str(warning.message) for warning in caught))
+
+
+def _pixels(flag: str, file: Path, mode: str) -> npt.NDArray[np.uint8]:
+    """The pixels of a picture's file in a mode of PIL.
+
+    Raises:
+        UsageError: it is no picture.
+    """
+    try:
+        with Image.open(file) as opened:
+            return np.asarray(opened.convert(mode), np.uint8)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        why = "got no such file" if not file.is_file() else f"got a file that is no picture: {error}"
+        raise UsageError(f"--{flag}: {file}: {why}; allowed a picture, such as a PNG") from error
 
 
 def _of_choices(request: SampleRequest, console: Console) -> Sampled:

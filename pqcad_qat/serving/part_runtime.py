@@ -6,7 +6,7 @@ uses them (text_to_image.py). Needs openvino and numpy; prompts also need the li
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,34 @@ class PromptEncoder:
                 "which the denoiser's text is made"
             )
         return dict(zip(outputs, self._requests.infer(inputs, outputs), strict=True))
+
+
+class PassingEncoders(Mapping[str, PromptEncoder]):
+    """Text encoders by part that are loaded when they are asked for, and dropped after a prompt.
+
+    T5 takes more memory than many a denoiser, and is needed for a moment.
+    """
+
+    def __init__(self, load: Callable[[str], PromptEncoder], parts: Sequence[str]) -> None:
+        self._load, self._parts = load, tuple(parts)
+        self._held: dict[str, PromptEncoder] = {}
+
+    def __getitem__(self, part: str) -> PromptEncoder:
+        if part not in self._parts:
+            raise KeyError(part)
+        if (encoder := self._held.get(part)) is None:
+            encoder = self._held[part] = self._load(part)
+        return encoder
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def drop(self) -> None:
+        """Drop those that are loaded."""
+        self._held = {}
 
 
 def read_part(part: Path, needed: Collection[str]) -> ov.Model:

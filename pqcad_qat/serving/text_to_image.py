@@ -24,7 +24,7 @@ from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import guided, initial_noise, landing, noise_schedule
 from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX
 from pqcad_qat.serving.manifest import PART_FOLDERS, SCHEDULER_CONFIG, VAE_ENCODER, check_listed
-from pqcad_qat.serving.part_runtime import PromptEncoder
+from pqcad_qat.serving.part_runtime import PassingEncoders, PromptEncoder
 from pqcad_qat.serving.per_size import Size
 from pqcad_qat.serving.picture_changes import Changes, beginning
 from pqcad_qat.serving.runtime import Float32, OVUNet2DModel
@@ -57,7 +57,12 @@ class TextToImage:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str = "CPU", properties: Mapping[str, Any] | None = None
+        cls,
+        folder: str | Path,
+        device: str = "CPU",
+        properties: Mapping[str, Any] | None = None,
+        *,
+        keep_encoders: bool = True,
     ) -> Self:
         """Load a deployed folder, or the folder of a run that holds one.
 
@@ -66,6 +71,7 @@ class TextToImage:
             device: OpenVINO's name of the device.
             properties: OpenVINO properties that override the runtime's defaults, such as ``{"INFERENCE_PRECISION_HINT":
                 "f32"}``.
+            keep_encoders: whether the text encoders stay in memory; else they are loaded anew for each call.
 
         Raises:
             ModelError: the folder is no deployed folder, is damaged, or lacks parts that a prompt needs; or tokenizers
@@ -92,7 +98,13 @@ class TextToImage:
                 "(policy: pipeline)"
             )
         taken = [part for part in (*layout.encoders, *layout.optional) if part in present]
-        encoders = {part: PromptEncoder(path, part, device, properties) for part in taken}
+
+        def load(part: str) -> PromptEncoder:
+            return PromptEncoder(path, part, device, properties)
+
+        encoders: Mapping[str, PromptEncoder] = PassingEncoders(load, taken)
+        if keep_encoders:
+            encoders = {part: load(part) for part in taken}
         decoder = PictureDecoder(path, denoiser.sample_shape, device, properties)
         channels = denoiser.sample_shape[0]
         encoder = PictureEncoder(path, channels, device, properties) if VAE_ENCODER in present else None
@@ -159,6 +171,9 @@ class TextToImage:
         latents = self._latent_size(size, None if start is None else start.size)
         condition = self._conditions(prompts, latents, count)
         unconditional = {} if scale == 1.0 else self._unconditional(condition, negatives, latents, count)
+
+        if isinstance(self.encoders, PassingEncoders):
+            self.encoders.drop()
 
         taken = self.steps if steps is None else steps
         schedule = noise_schedule(self.denoiser.scheduler_config)

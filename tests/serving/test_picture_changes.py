@@ -20,6 +20,7 @@ from tiny_runs import SCHEDULER
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.families import latent_rows
 from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
+from pqcad_qat.serving.part_runtime import PassingEncoders
 from pqcad_qat.serving.picture_changes import Changes, beginning
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.serving.text_to_image import TextToImage
@@ -155,6 +156,15 @@ def test_flux_takes_sizes_of_whole_patches(tmp_path_factory: pytest.TempPathFact
     for wrong in (places[::-1].copy(), places * np.nan, places[:, :2], places[:0]):
         with pytest.raises(ModelError, match=r"latents: got shape .* with their img_ids"):
             denoiser(rows, img_ids=wrong, **named)
+
+
+def test_text_encoders_may_be_dropped_after_each_prompt(where: DeployedPipeline, ours: TextToImage) -> None:
+    passing = TextToImage.from_pretrained(where.folder, properties=F32, keep_encoders=False)
+    assert isinstance(passing.encoders, PassingEncoders)
+    for _ in range(2):
+        assert passing.encoders._held == {}
+        np.testing.assert_array_equal(passing("a cat", seed=2), ours("a cat", seed=2))
+    assert set(passing.encoders) == set(ours.encoders)
 
 
 def test_it_stops_when_it_is_told_and_tells_each_step(ours: TextToImage) -> None:

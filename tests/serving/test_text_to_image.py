@@ -5,6 +5,7 @@ for them.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,9 +27,11 @@ import serving
 from text_pipelines import SCALE, T5_TOKENS, TOKENS, DeployedPipeline, float_pipeline
 from torch import Tensor
 
+from pqcad_qat import cli
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.files import file_digest
 from pqcad_qat.models.families.latent_rows import packed
+from pqcad_qat.report.grid import save_grid
 from pqcad_qat.sampling.precision_by_time import StepsInFloat
 from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
 from pqcad_qat.serving.deployed_folder import MANIFEST, MODEL_INDEX, read_manifest
@@ -268,6 +271,40 @@ def test_the_command_writes_a_picture_without_pytorch(
     assert "1 images of 'a cat', 3 steps, guidance 2, openvino" in done.stdout
     with Image.open(tmp_path / "cat.png") as picture:
         assert (picture.width, picture.height, picture.mode) == (96, 96, "RGB")
+
+
+def test_the_command_changes_a_picture_by_a_prompt(plain: DeployedPipeline, ours: TextToImage, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(255, size=(24, 16, 3), dtype=np.uint8)
+    mask = np.uint8(255 * (np.mgrid[:24, :16][1] < 8))
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    files = ["--image", str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png"), "--strength", "0.7"]
+    asked = ["sample", str(plain.folder), "--prompt", "a cat", "--guidance", "1", "--seed", "3", "--size", "24,16"]
+    cli.main([*asked, *files, "--out", str(tmp_path / "found.png")])
+    wanted = TextToImage.from_pretrained(plain.folder)(
+        "a cat", None, 1.0, seed=3, image=pixels, mask=mask, strength=0.7
+    )
+    save_grid(wanted, tmp_path / "wanted.png")
+    assert (tmp_path / "found.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
+    assert wanted.shape == (1, 3, 24, 16)
+
+
+FILES = {
+    "no file": ("absent.png", r"--image: .*absent\.png: got no such file; allowed a picture, such as a PNG"),
+    "no picture": ("text.png", r"--image: .*text\.png: got a file that is no picture: .*; allowed a picture"),
+}
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_a_file_that_is_no_picture_is_refused(
+    name: str, plain: DeployedPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, fault = FILES[name]
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["sample", str(plain.folder), "--prompt", "a cat", "--image", str(tmp_path / file)])
+    assert end.value.code == 2
+    assert re.search(fault, " ".join(capsys.readouterr().err.split()))
 
 
 def test_the_readmes_program_makes_pictures_without_pytorch(plain: DeployedPipeline, tmp_path: Path) -> None:

@@ -202,6 +202,7 @@ MISTAKES = {
         "--conditions: got a second condition; allowed none beside --prompt",
     ),
     "a negative prompt alone": (["--negative", "a dog"], "--negative: got it alone; allowed beside --prompt"),
+    "a size alone": (["--size", "16"], "--size: got it alone; allowed beside --prompt"),
     "guidance under 1": (["--prompt", "a cat", "--guidance", "0.5"], "--guidance: got 0.5; allowed a number from 1"),
 }
 
