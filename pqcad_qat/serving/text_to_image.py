@@ -21,7 +21,8 @@ from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.models.families.prompt_layouts import Arrays, PromptLayout, Wanted
 from pqcad_qat.models.families.table import prompt_layouts
 from pqcad_qat.sampling.schedulers import STEPS
-from pqcad_qat.sampling.trajectory import guided, initial_noise, landing, noise_schedule
+from pqcad_qat.sampling.solvers import solver_of
+from pqcad_qat.sampling.trajectory import guided, initial_noise, noise_schedule
 from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX
 from pqcad_qat.serving.manifest import PART_FOLDERS, SCHEDULER_CONFIG, VAE_ENCODER, check_listed
 from pqcad_qat.serving.part_runtime import PassingEncoders, PromptEncoder
@@ -134,6 +135,7 @@ class TextToImage:
         image: Any = None,
         mask: Any = None,
         strength: float | None = None,
+        solver: str | None = None,
         advance: Callable[[int], None] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Pictures:
@@ -151,6 +153,7 @@ class TextToImage:
             image: picture to begin from, (H, W, 3) in uint8 or what numpy makes such an array of, like PIL's images.
             mask: where `image` is painted anew, (H, W) or (H, W, 1): true, above 127 of uint8, or above 0.5 of floats.
             strength: share of the sampling steps that change `image`, over 0 to 1; None takes 0.8, or 1 with a mask.
+            solver: another sampler than the folder's own: euler, dpm++2m or unipc (sampling/solvers.py).
             advance: function called after each sampling step with the number of pictures.
             stop: function asked before each sampling step; when it returns True, no picture is returned, (0, 3, H, W).
 
@@ -196,10 +199,14 @@ class TextToImage:
         if changes is not None:
             walk = changes.walk(walk)
             x = changes.begun(walk[0][0])
-        for step, later in zip_longest(walk, walk[1:]):
+        sampler = None if solver is None else solver_of(solver, schedule, walk)
+        if sampler is not None and changes is None:
+            x = np.asarray(sampler.begun(x), np.float32)
+        for (t, s), later in zip_longest(walk, walk[1:]):
             if stop():
                 return np.empty((0, 3, *(side * self.decoder.factor for side in latents)), np.uint8)
-            x = landing((step,), follow, x, schedule)
+            prediction = follow(x, t)
+            x = schedule.step(prediction, x, t, s) if sampler is None else sampler.step(prediction, x, t)
             x = np.asarray(x if changes is None else changes.kept(x, later and later[0]), np.float32)
             advance(len(x))
         return np.asarray(np.rint((self.decoder(x).clip(-1, 1) + 1) * 127.5), np.uint8)

@@ -1,0 +1,179 @@
+"""Other samplers than DDIM for DDPM's kin: Euler, DPM-Solver++ (2M) and UniPC, in numpy.
+
+Method: with x_t = alpha x_0 + sigma eps and lambda = log(alpha / sigma), the probability flow is linear in x_t but for
+the predicted x_0. A first-order step takes that as constant, and is DDIM's. The multistep solvers extrapolate it from
+the last two predictions: DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, algorithm 2), and UniPC of order 2 with B(h) =
+e^h - 1 (Zhao et al. 2023, arXiv 2302.04867), which also corrects each state once its own prediction is known. Names and
+settings are diffusers'.
+
+Not here: DDIM (ddim.py) and flow matching (flow.py), and the loop (serving/text_to_image.py). A student was distilled
+for DDIM; what another sampler makes of it is to be looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.sampling.ddim import split_prediction
+from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule, Walk
+from pqcad_qat.sampling.flow import FlowSchedule
+
+Float = npt.NDArray[Any]
+"""Array of floats."""
+
+
+END = -1
+"""Time that stands for the image itself."""
+
+
+class Solver(Protocol):
+    """A sampler in progress: one object for one trajectory."""
+
+    def begun(self, noise: Float) -> Float:
+        """Return the state x_T (B, C, H, W) that sampling begins from."""
+
+    def step(self, prediction: Float, x_t: Float, t: float) -> Float:
+        """Return the state (B, C, H, W) at the next time from x_t and the prediction at x_t."""
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A time of the schedule: x = alpha x_0 + sigma eps, and lambda = log(alpha / sigma)."""
+
+    alpha: float
+    sigma: float
+    lam: float
+
+
+class _OfSchedule:
+    """What the solvers have in common: the schedule, and where they begin and end."""
+
+    def __init__(self, schedule: DDPMSchedule, times: Sequence[float]) -> None:
+        self.schedule, self.times = schedule, times
+        # DDIM's steps end where the next one begins only where their number divides that of the training steps
+        self.next = dict(pairwise([*times, END]))
+
+    def begun(self, noise: Float) -> Float:
+        """Return the noise itself."""
+        return noise
+
+    def _point(self, t: float) -> _Point:
+        """The point of a time; diffusers' solvers end at the image itself."""
+        signal = self.schedule.alpha_bar_at(t) if t >= 0 else 1.0
+        alpha, sigma = math.sqrt(signal), math.sqrt(1 - signal)
+        return _Point(alpha, sigma, math.log(alpha / sigma) if sigma else math.inf)
+
+    def _image(self, prediction: Float, x_t: Float, t: float) -> Float:
+        """The predicted x_0."""
+        kind = self.schedule.prediction_type
+        return split_prediction(prediction, x_t, self.schedule.alpha_bar_at(t), kind)[0]
+
+
+class Euler(_OfSchedule):
+    """Euler's method in x_t / alpha over sigma / alpha: DDIM's step, from noise without the signal's share."""
+
+    def begun(self, noise: Float) -> Float:
+        """Return the noise as diffusers scales it."""
+        first = self._point(self.times[0])
+        return noise if self.schedule.timestep_spacing == "leading" else np.asarray(noise * first.sigma)
+
+    def step(self, prediction: Float, x_t: Float, t: float) -> Float:
+        """Return the state (B, C, H, W) at the next time from x_t and the prediction at x_t."""
+        image, here, there = self._image(prediction, x_t, t), self._point(t), self._point(self.next[t])
+        return np.asarray(there.alpha * image + there.sigma * (x_t - here.alpha * image) / here.sigma)
+
+
+class DPMSolver2M(_OfSchedule):
+    """DPM-Solver++ of second order, midpoint, the last step of first order."""
+
+    def __init__(self, schedule: DDPMSchedule, times: Sequence[float]) -> None:
+        super().__init__(schedule, times)
+        self._before: tuple[float, Float] | None = None
+
+    def step(self, prediction: Float, x_t: Float, t: float) -> Float:
+        """Return the state (B, C, H, W) at the next time from x_t and the prediction at x_t."""
+        image, here, there = self._image(prediction, x_t, t), self._point(t), self._point(self.next[t])
+        growth = -math.expm1(here.lam - there.lam)  # 1 - e^-h
+        x_s = there.sigma / here.sigma * x_t + there.alpha * growth * image
+        if self._before is not None and t != self.times[-1]:
+            lam, image_before = self._before
+            ratio = (here.lam - lam) / (there.lam - here.lam)
+            x_s = x_s + there.alpha * growth / (2 * ratio) * (image - image_before)
+        self._before = (here.lam, image)
+        return np.asarray(x_s)
+
+
+class UniPC(_OfSchedule):
+    """UniPC of second order, whose corrector needs no further prediction."""
+
+    def __init__(self, schedule: DDPMSchedule, times: Sequence[float]) -> None:
+        super().__init__(schedule, times)
+        self._images: list[tuple[_Point, Float]] = []  # the last two, the newest last
+        self._last: tuple[Float, int] | None = None  # the state before this one, and the order of the step from it
+        self._made = 0
+
+    def step(self, prediction: Float, x_t: Float, t: float) -> Float:
+        """Return the state (B, C, H, W) at the next time from x_t and the prediction at x_t."""
+        here, image = self._point(t), self._image(prediction, x_t, t)
+        if self._last is not None:
+            x_t = self._corrected(here, image)
+        self._images = [*self._images[-1:], (here, image)]
+        order = min(2, len(self.times) - self._made, self._made + 1)
+        self._last, self._made = (x_t, order), self._made + 1
+        there = self._point(self.next[t])
+        growth = math.expm1(here.lam - there.lam)
+        x_s = there.sigma / here.sigma * x_t - there.alpha * growth * image
+        if order == 2:
+            before, image_before = self._images[0]
+            ratio = (before.lam - here.lam) / (there.lam - here.lam)
+            x_s = x_s - there.alpha * growth / 2 * (image_before - image) / ratio
+        return np.asarray(x_s)
+
+    def _corrected(self, here: _Point, image: Float) -> Float:
+        """The present state again, now that its own prediction is known."""
+        assert self._last is not None
+        x, order = self._last
+        start, image_start = self._images[-1]
+        h = start.lam - here.lam
+        growth = math.expm1(h)
+        x_t = here.sigma / start.sigma * x - here.alpha * growth * image_start
+        if order == 1:
+            return np.asarray(x_t - here.alpha * growth / 2 * (image - image_start))
+        before, image_before = self._images[0]
+        ratio = (before.lam - start.lam) / -h
+        first = growth / h - 1
+        rows, sums = [[1.0, 1.0], [ratio, 1.0]], [first / growth, 2 * (first / h - 0.5) / growth]
+        old, new = (float(weight) for weight in np.linalg.solve(rows, sums))
+        change = old * (image_before - image_start) / ratio + new * (image - image_start)
+        return np.asarray(x_t - here.alpha * growth * change)
+
+
+SOLVERS: Mapping[str, type[Euler] | type[DPMSolver2M] | type[UniPC]] = {
+    "euler": Euler,
+    "dpm++2m": DPMSolver2M,
+    "unipc": UniPC,
+}
+"""Solvers by name."""
+
+
+def solver_of(name: str, schedule: DDPMSchedule | FlowSchedule, walk: Walk) -> Solver:
+    """Return a solver for one trajectory along these steps.
+
+    Raises:
+        ModelError: there is no such solver, or the schedule has a sampler of its own, or clips.
+    """
+    if name not in SOLVERS:
+        allowed = f"{', '.join(SOLVERS)}, or none for the model's own sampler"
+        raise ModelError(f"solver: got {str(name)[:40]!r}; allowed {allowed}")
+    if not isinstance(schedule, DDPMSchedule) or schedule.clip_sample_range is not None:
+        kind = "clips its images" if isinstance(schedule, DDPMSchedule) else "matches flows"
+        raise ModelError(f"solver: got {name!r} for a model that {kind}; allowed none, its own sampler")
+    return SOLVERS[name](schedule, [t for t, _ in walk])
