@@ -123,7 +123,8 @@ def test_another_solver_gives_the_picture_of_diffusers(
     found = ours("a cat", None, 1.0, 4, seed=5, solver=solver)
     # INT8 values beside a rounding boundary fall to either side of it
     assert np.abs(found - wanted).mean() < 2
-    assert np.abs(found.astype(float) - ours("a cat", None, 1.0, 4, seed=5)).mean() > 2
+    if solver != "euler":  # which is DDIM where sampling begins with noise alone
+        assert np.abs(found.astype(float) - ours("a cat", None, 1.0, 4, seed=5)).mean() > 2
 
 
 @torch.no_grad()
