@@ -14,7 +14,7 @@ import fire
 
 from pqcad_qat import __version__, console
 from pqcad_qat.arguments import HELP, fire_arguments, help_text
-from pqcad_qat.folder_commands import assemble, benchmark, compare, evaluate, export, features, report, sample
+from pqcad_qat.folder_commands import assemble, benchmark, compare, demo, evaluate, export, features, report, sample
 from pqcad_qat.machine.program import keep_freed_memory, keep_to_share_of_cores, reported_endings
 from pqcad_qat.machine.usage_reports import report_no_usage
 from pqcad_qat.policy_commands import plan, policies, pretrain, profile, rehearse, run, schema, sensitivity, sweep
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         sweep,
         pretrain,
         sample,
+        demo,
         evaluate,
         benchmark,
         rehearse,

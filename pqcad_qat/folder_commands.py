@@ -187,6 +187,19 @@ def sample(
     console.tell(*(f"warning: {warning}" for warning in sampled.warnings), f"{out}: {sampled.text}")
 
 
+def demo(folder: str, host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Show a page that makes pictures with a deployed folder, beside full precision's from the same noise.
+
+    Args:
+        folder: a run, beside which full precision is shown, or a deployed folder.
+        host: address that it listens at; 0.0.0.0 shows it to the whole network.
+        port: port that it listens at.
+    """
+    from pqcad_qat.commands.demo import demo as show_demo
+
+    show_demo(Path(folder), host=host, port=whole_number("port", port, most=65535), tell=console.tell)
+
+
 def evaluate(
     folder: str,
     images: int = 512,
