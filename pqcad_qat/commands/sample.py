@@ -142,8 +142,8 @@ def _pixels(flag: str, file: Path, mode: str) -> npt.NDArray[np.uint8]:
         with Image.open(file) as opened:
             return np.asarray(opened.convert(mode), np.uint8)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        why = "got no such file" if not file.is_file() else f"got a file that is no picture: {error}"
-        raise UsageError(f"--{flag}: {file}: {why}; allowed a picture, such as a PNG") from error
+        why = "which does not exist" if not file.is_file() else f"which is no picture: {error}"
+        raise UsageError(f"--{flag}: got {file}, {why}; allowed a picture, such as a PNG") from error
 
 
 def _of_choices(request: SampleRequest, console: Console) -> Sampled:

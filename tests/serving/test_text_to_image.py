@@ -316,8 +316,8 @@ def test_the_command_changes_a_picture_by_a_prompt(plain: DeployedPipeline, tmp_
 
 
 FILES = {
-    "no file": ("absent.png", r"--image: .*absent\.png: got no such file; allowed a picture, such as a PNG"),
-    "no picture": ("text.png", r"--image: .*text\.png: got a file that is no picture: .*; allowed a picture"),
+    "no file": ("absent.png", r"--image: got .*absent\.png, which does not exist; allowed a picture, such as a PNG"),
+    "no picture": ("text.png", r"--image: got .*text\.png, which is no picture: .*; allowed a picture"),
 }
 
 
