@@ -231,7 +231,8 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
     transition = {"step", "layer", "from", "to", "perturbation", "cause", "began"}
     assert set(report["bit_schedule"][0]) == transition
     assert set(report["parity"]) == {"layers_checked", "layers_exact", "worst_layer", "worst_error", "end_to_end_psnr"}
-    assert set(report["execution"]) == {"planned", "executed_int8", "float_layers", "needs_vnni", "attention"}
+    told = {"planned", "executed_int8", "float_layers", "needs_vnni", "attention", "any_size_int8"}
+    assert set(report["execution"]) == told
     stages = {
         "calibration",
         FLOAT_STEPS,
@@ -290,6 +291,7 @@ def test_every_planned_layer_executed_in_int8_and_gave_pytorchs_integers(
         "executed_int8": len(plan),
         "float_layers": list(left),
         "needs_vnni": [],
+        "any_size_int8": None,
     }
     assert report["parity"]["layers_checked"] == report["parity"]["layers_exact"] == len(plan)
     assert report["parity"]["worst_error"] == 0
