@@ -57,24 +57,30 @@ def keep_in_float32(graph: ov.Model, inputs: Iterable[str]) -> None:
     """Mark every node computed from these inputs alone, up to the first layer, normalization or activation that reads
     them.
 
-    The mark is the suffix IN_FLOAT32 of the node's name. A node is marked if its type is in POINTWISE and each of its
-    inputs is a constant, one of these inputs, or a marked node, with at least one that is not constant.
+    The mark is the suffix IN_FLOAT32 of the node's name. A node is marked if its type is in POINTWISE, or it is the
+    outer product of two vectors, and each of its inputs is computed from constants, or by marked nodes from these
+    inputs. Whole numbers need no mark.
 
     Args:
         graph: a converted graph; it is changed in place.
         inputs: names of inputs of the graph.
     """
-    marked = {graph.input(name).get_node().get_friendly_name() for name in inputs}
+    fixed, computed = set[str](), {graph.input(name).get_node().get_friendly_name() for name in inputs}
     for node in graph.get_ordered_ops():
-        sources = [value.get_node() for value in node.input_values()]
-        varying = [source for source in sources if source.get_type_name() != "Constant"]
-        if (
-            node.get_type_name() not in POINTWISE
-            or not varying
-            or any(source.get_friendly_name() not in marked for source in varying)
-        ):
-            continue
-        # packing.write_graph turns the suffix into OpenVINO's own mark; whole numbers are never rounded to BF16
-        if node.get_output_element_type(0).is_real():
-            node.set_friendly_name(f"{node.get_friendly_name()}{IN_FLOAT32}")
-        marked.add(node.get_friendly_name())
+        sources = {value.get_node().get_friendly_name() for value in node.input_values()}
+        if sources <= fixed and node.get_type_name() != "Parameter":
+            fixed.add(node.get_friendly_name())
+        elif sources and sources <= fixed | computed:
+            real = node.get_output_size() == 1 and node.get_output_element_type(0).is_real()
+            if real and not (node.get_type_name() in POINTWISE or _is_outer_product(node)):
+                continue
+            if real:
+                # packing.write_graph turns the suffix into OpenVINO's own mark
+                node.set_friendly_name(f"{node.get_friendly_name()}{IN_FLOAT32}")
+            computed.add(node.get_friendly_name())
+
+
+def _is_outer_product(node: ov.Node) -> bool:
+    """Whether a matrix product sums over one number, so that it is as exact as a multiplication."""
+    shape = node.get_input_partial_shape(0) if node.get_type_name() == "MatMul" else None
+    return shape is not None and shape.rank.is_static and str(shape[len(shape) - 1]) == "1"
