@@ -1,10 +1,11 @@
-"""Other samplers than DDIM for DDPM's kin: Euler, DPM-Solver++ (2M) and UniPC, in numpy.
+"""Other samplers than DDIM for DDPM's kin: Euler, DPM-Solver++ (2M), UniPC and LCM's, in numpy.
 
 Method: with x_t = alpha x_0 + sigma eps and lambda = log(alpha / sigma), the probability flow is linear in x_t but for
 the predicted x_0. A first-order step takes that as constant, and is DDIM's. The multistep solvers extrapolate it from
 the last two predictions: DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, algorithm 2), and UniPC of order 2 with B(h) =
-e^h - 1 (Zhao et al. 2023, arXiv 2302.04867), which also corrects each state once its own prediction is known. Names and
-settings are diffusers'.
+e^h - 1 (Zhao et al. 2023, arXiv 2302.04867), which also corrects each state once its own prediction is known. Latent
+consistency models (Luo et al. 2023, arXiv 2310.04378) predict the image itself at every step, and the next state is
+that image with fresh noise. Names and settings are diffusers'.
 
 Not here: DDIM (ddim.py) and flow matching (flow.py), and the loop (serving/text_to_image.py). A student was distilled
 for DDIM; what another sampler makes of it is to be looked at.
@@ -13,7 +14,7 @@ for DDIM; what another sampler makes of it is to be looked at.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -30,8 +31,19 @@ Float = npt.NDArray[Any]
 """Array of floats."""
 
 
+Fresh = Callable[[int], Float]
+"""Function from the number of a step, from 1 on, to standard normal noise (B, C, H, W) of that step."""
+
 END = -1
 """Time that stands for the image itself."""
+
+LCM_TIMES = 50
+"""Number of times that latent consistency models are distilled at, `original_inference_steps` of diffusers."""
+
+LCM_SCALE, LCM_DEVIATION = 10.0, 0.5
+"""`timestep_scaling` of diffusers, and the standard deviation that it assumes of the data: how soon after time 0 a
+latent consistency model's answer is all prediction and no state.
+"""
 
 
 class Solver(Protocol):
@@ -56,8 +68,8 @@ class _Point:
 class _OfSchedule:
     """What the solvers have in common: the schedule, and where they begin and end."""
 
-    def __init__(self, schedule: DDPMSchedule, times: Sequence[float]) -> None:
-        self.schedule, self.times = schedule, times
+    def __init__(self, schedule: DDPMSchedule, times: Sequence[float], fresh: Fresh) -> None:
+        self.schedule, self.times, self.fresh = schedule, times, fresh
         # DDIM's steps end where the next one begins only where their number divides that of the training steps
         self.next = dict(pairwise([*times, END]))
 
@@ -94,8 +106,8 @@ class Euler(_OfSchedule):
 class DPMSolver2M(_OfSchedule):
     """DPM-Solver++ of second order, midpoint, the last step of first order."""
 
-    def __init__(self, schedule: DDPMSchedule, times: Sequence[float]) -> None:
-        super().__init__(schedule, times)
+    def __init__(self, schedule: DDPMSchedule, times: Sequence[float], fresh: Fresh) -> None:
+        super().__init__(schedule, times, fresh)
         self._before: tuple[float, Float] | None = None
 
     def step(self, prediction: Float, x_t: Float, t: float) -> Float:
@@ -114,8 +126,8 @@ class DPMSolver2M(_OfSchedule):
 class UniPC(_OfSchedule):
     """UniPC of second order, whose corrector needs no further prediction."""
 
-    def __init__(self, schedule: DDPMSchedule, times: Sequence[float]) -> None:
-        super().__init__(schedule, times)
+    def __init__(self, schedule: DDPMSchedule, times: Sequence[float], fresh: Fresh) -> None:
+        super().__init__(schedule, times, fresh)
         self._images: list[tuple[_Point, Float]] = []  # the last two, the newest last
         self._last: tuple[Float, int] | None = None  # the state before this one, and the order of the step from it
         self._made = 0
@@ -156,16 +168,64 @@ class UniPC(_OfSchedule):
         return np.asarray(x_t - here.alpha * growth * change)
 
 
-SOLVERS: Mapping[str, type[Euler] | type[DPMSolver2M] | type[UniPC]] = {
+class LCM(_OfSchedule):
+    """The sampler of latent consistency models, with the boundary condition that a state at time 0 is its own answer.
+
+    For models that were distilled so, or have such an adapter fused in.
+    """
+
+    def step(self, prediction: Float, x_t: Float, t: float) -> Float:
+        """Return the state (B, C, H, W) at the next time from x_t and the prediction at x_t."""
+        time = LCM_SCALE * t
+        skip = LCM_DEVIATION**2 / (time**2 + LCM_DEVIATION**2)
+        answer = time / math.hypot(time, LCM_DEVIATION) * self._image(prediction, x_t, t) + skip * x_t
+        if t == self.times[-1]:
+            return np.asarray(answer)
+        there = self._point(self.next[t])
+        return np.asarray(there.alpha * answer + there.sigma * self.fresh(self.times.index(t) + 1))
+
+
+SOLVERS: Mapping[str, type[Euler] | type[DPMSolver2M] | type[UniPC] | type[LCM]] = {
     "euler": Euler,
     "dpm++2m": DPMSolver2M,
     "unipc": UniPC,
+    "lcm": LCM,
 }
 """Solvers by name."""
 
 
-def solver_of(name: str, schedule: DDPMSchedule | FlowSchedule, walk: Walk) -> Solver:
-    """Return a solver for one trajectory along these steps.
+def solver_walk(name: str | None, schedule: DDPMSchedule | FlowSchedule, steps: int) -> Walk:
+    """Return the steps that a solver makes, or without one the schedule's own sampler.
+
+    Raises:
+        ModelError: this number of steps is not possible, or LCM is asked for of a schedule that it does not know.
+    """
+    if name != "lcm":
+        return schedule.walk(steps)
+    _checked(name, schedule)
+    total = int(schedule.config["num_train_timesteps"])
+    of_all = min(LCM_TIMES, total)
+    if not 1 <= steps <= of_all:
+        raise ModelError(
+            f"steps: got {steps} with the solver lcm; allowed 1 to {of_all}, the times it was distilled at"
+        )
+    distilled = [(index + 1) * (total // of_all) - 1 for index in reversed(range(of_all))]
+    times = [distilled[index * of_all // steps] for index in range(steps)]
+    return tuple(pairwise([*times, END]))
+
+
+def solver_of(name: str, schedule: DDPMSchedule | FlowSchedule, walk: Walk, fresh: Fresh) -> Solver:
+    """Return a solver for one trajectory along these steps. `fresh` gives the noise of solvers that add some.
+
+    Raises:
+        ModelError: there is no such solver, or the schedule has a sampler of its own, or clips.
+    """
+    known = _checked(name, schedule)
+    return SOLVERS[name](known, [t for t, _ in walk], fresh)
+
+
+def _checked(name: str, schedule: DDPMSchedule | FlowSchedule) -> DDPMSchedule:
+    """The schedule, where the solver of that name knows it.
 
     Raises:
         ModelError: there is no such solver, or the schedule has a sampler of its own, or clips.
@@ -176,4 +236,4 @@ def solver_of(name: str, schedule: DDPMSchedule | FlowSchedule, walk: Walk) -> S
     if not isinstance(schedule, DDPMSchedule) or schedule.clip_sample_range is not None:
         kind = "clips its images" if isinstance(schedule, DDPMSchedule) else "matches flows"
         raise ModelError(f"solver: got {name!r} for a model that {kind}; allowed none, its own sampler")
-    return SOLVERS[name](schedule, [t for t, _ in walk])
+    return schedule

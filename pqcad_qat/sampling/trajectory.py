@@ -91,6 +91,15 @@ def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> 
     return np.stack(rows)
 
 
+def later_noise(seed: int, step: int, count: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return standard normal noise (count, *shape) for a sampler that adds some in its step `step`, from 1 on, to the
+    images 0 to `count` of a seed.
+    """
+    # numpy reads (seed, index, 0) as (seed, index), which is the noise that sampling began from: hence from 1 on
+    rows = [np.random.default_rng((seed, index, step)).standard_normal(shape, np.float32) for index in range(count)]
+    return np.stack(rows)
+
+
 @dataclass(frozen=True)
 class SamplerStep(Generic[Array]):
     """One sampling step, from x_t to x_s by the prediction at x_t."""

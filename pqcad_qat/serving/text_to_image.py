@@ -21,8 +21,8 @@ from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.models.families.prompt_layouts import Arrays, PromptLayout, Wanted
 from pqcad_qat.models.families.table import prompt_layouts
 from pqcad_qat.sampling.schedulers import STEPS
-from pqcad_qat.sampling.solvers import solver_of
-from pqcad_qat.sampling.trajectory import guided, initial_noise, noise_schedule
+from pqcad_qat.sampling.solvers import solver_of, solver_walk
+from pqcad_qat.sampling.trajectory import guided, initial_noise, later_noise, noise_schedule
 from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX
 from pqcad_qat.serving.manifest import PART_FOLDERS, SCHEDULER_CONFIG, VAE_ENCODER, check_listed
 from pqcad_qat.serving.part_runtime import PassingEncoders, PromptEncoder
@@ -153,7 +153,7 @@ class TextToImage:
             image: picture to begin from, (H, W, 3) in uint8 or what numpy makes such an array of, like PIL's images.
             mask: where `image` is painted anew, (H, W) or (H, W, 1): true, above 127 of uint8, or above 0.5 of floats.
             strength: share of the sampling steps that change `image`, over 0 to 1; None takes 0.8, or 1 with a mask.
-            solver: another sampler than the folder's own: euler, dpm++2m or unipc (sampling/solvers.py).
+            solver: another sampler than the folder's own: euler, dpm++2m, unipc or lcm (sampling/solvers.py).
             advance: function called after each sampling step with the number of pictures.
             stop: function asked before each sampling step; when it returns True, no picture is returned, (0, 3, H, W).
 
@@ -180,7 +180,7 @@ class TextToImage:
 
         taken = self.steps if steps is None else steps
         schedule = noise_schedule(self.denoiser.scheduler_config)
-        walk = schedule.walk(taken)
+        walk = solver_walk(solver, schedule, taken)
         # under guidance no step is taken in parts: they were measured without it
         in_float = self.denoiser.in_float.along(() if unconditional else walk)
 
@@ -199,7 +199,9 @@ class TextToImage:
         if changes is not None:
             walk = changes.walk(walk)
             x = changes.begun(walk[0][0])
-        sampler = None if solver is None else solver_of(solver, schedule, walk)
+        sampler = None
+        if solver is not None:
+            sampler = solver_of(solver, schedule, walk, lambda step: later_noise(seed, step, len(x), x.shape[1:]))
         if sampler is not None and changes is None:
             x = np.asarray(sampler.begun(x), np.float32)
         for (t, s), later in zip_longest(walk, walk[1:]):

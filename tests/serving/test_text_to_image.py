@@ -4,6 +4,7 @@ for them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ pytest.importorskip("transformers")
 
 import diffusers
 import serving
+from diffusers.schedulers import scheduling_lcm
 from text_pipelines import SCALE, T5_TOKENS, TOKENS, DeployedPipeline, float_pipeline
 from torch import Tensor
 
@@ -33,7 +35,7 @@ from pqcad_qat.machine.files import file_digest
 from pqcad_qat.models.families.latent_rows import packed
 from pqcad_qat.report.grid import save_grid
 from pqcad_qat.sampling.precision_by_time import StepsInFloat
-from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
+from pqcad_qat.sampling.trajectory import initial_noise, later_noise, noise_schedule
 from pqcad_qat.serving.deployed_folder import MANIFEST, MODEL_INDEX, read_manifest
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.serving.text_to_image import TextToImage
@@ -108,11 +110,15 @@ def test_a_prompt_gives_the_picture_of_diffusers_around_the_same_denoiser(
         ("euler", "EulerDiscreteScheduler"),
         ("dpm++2m", "DPMSolverMultistepScheduler"),
         ("unipc", "UniPCMultistepScheduler"),
+        ("lcm", "LCMScheduler"),
     ],
 )
 def test_another_solver_gives_the_picture_of_diffusers(
-    plain: DeployedPipeline, ours: TextToImage, solver: str, name: str
+    plain: DeployedPipeline, ours: TextToImage, solver: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    steps = itertools.count(1)
+    added = lambda *_, **__: torch.from_numpy(later_noise(5, next(steps), 1, (4, 8, 8)))  # noqa: E731
+    monkeypatch.setattr(scheduling_lcm, "randn_tensor", added)
     theirs = pipeline_of(plain)
     theirs.register_modules(unet=OVUNet2DModel.from_pretrained(plain.folder, properties=F32))
     theirs.scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config)
