@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from pqcad_qat.sampling.precision_by_time import StepsInFloat
 from pqcad_qat.serving.deployed_folder import unverified_manifest
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.serving.text_to_image import TextToImage
+
+if TYPE_CHECKING:
+    from pqcad_qat.stages.samplers import Sampler
 
 Picture = npt.NDArray[np.uint8]
 """A picture (H, W, 3), or several in a grid."""
@@ -130,25 +133,24 @@ def _of_noise(folder: Path) -> Shown:
     ours = opened_folder(str(folder), None, None, None)
 
     def full_precision(source: str, steps: int) -> Maker:
-        opened_folder(source, steps, None, None)  # for its error, before the page is shown
-        return _sampled(source, steps, FULL)
+        return _sampled(source, opened_folder(source, steps, None, None), FULL)
 
     full, why_not = _beside(folder, full_precision)
-    return Shown(folder, _sampled(str(folder), ours.steps, DEPLOYED), full, why_not, takes_prompts=False)
+    return Shown(folder, _sampled(str(folder), ours, DEPLOYED), full, why_not, takes_prompts=False)
 
 
-def _sampled(source: str, steps: int, name: str) -> Maker:
+def _sampled(source: str, opened: Sampler, name: str) -> Maker:
     from pqcad_qat.commands.open_folder import opened_folder
     from pqcad_qat.stages.samplers import sample_images
 
-    samplers: dict[int, Any] = {}
+    samplers = {opened.steps: opened}
 
     def make(_: str, seed: int, taken: int) -> Picture:
         if taken not in samplers:
             samplers[taken] = opened_folder(source, taken, None, None)
         return _grid(sample_images(samplers[taken], IMAGES, seed, IMAGES).numpy())
 
-    return Maker(make, steps, name)
+    return Maker(make, opened.steps, name)
 
 
 def _grid(pictures: npt.NDArray[np.uint8]) -> Picture:

@@ -190,13 +190,9 @@ def _watched(model: nn.Module, calls: dict[str, _Call]) -> Iterator[None]:
 
 def _by_rows(one: _Call, two: _Call) -> bool:
     """Whether a module that was called for one state and for two read and returned a row for each."""
-    grown = [
-        (a, b)
-        for first, second in ((one.arguments, two.arguments), (one.results, two.results))
-        for a, b in zip(first, second, strict=True)
-        if a != b or first is one.results
-    ]
-    rows = all(a[:1] == (1,) and b[:1] == (2,) and a[1:] == b[1:] for a, b in grown)
+    read = [(a, b) for a, b in zip(one.arguments, two.arguments, strict=True) if a != b]
+    returned = list(zip(one.results, two.results, strict=True))
+    rows = all(a[:1] == (1,) and b[:1] == (2,) and a[1:] == b[1:] for a, b in read + returned)
     return bool(one.results) and rows and not one.opaque
 
 

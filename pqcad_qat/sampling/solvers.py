@@ -14,28 +14,25 @@ for DDIM; what another sampler makes of it is to be looked at.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.sampling.ddim import split_prediction
-from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule, Walk
+from pqcad_qat.sampling.ddpm_schedule import END, DDPMSchedule, Walk
 from pqcad_qat.sampling.flow import FlowSchedule
 
 Float = npt.NDArray[Any]
 """Array of floats."""
 
-
 Fresh = Callable[[int], Float]
 """Function from the number of a step, from 1 on, to standard normal noise (B, C, H, W) of that step."""
-
-END = -1
-"""Time that stands for the image itself."""
 
 LCM_TIMES = 50
 """Number of times that latent consistency models are distilled at, `original_inference_steps` of diffusers."""
@@ -44,16 +41,6 @@ LCM_SCALE, LCM_DEVIATION = 10.0, 0.5
 """`timestep_scaling` of diffusers, and the standard deviation that it assumes of the data: how soon after time 0 a
 latent consistency model's answer is all prediction and no state.
 """
-
-
-class Solver(Protocol):
-    """A sampler in progress: one object for one trajectory."""
-
-    def begun(self, noise: Float) -> Float:
-        """Return the state x_T (B, C, H, W) that sampling begins from."""
-
-    def step(self, prediction: Float, x_t: Float, t: float) -> Float:
-        """Return the state (B, C, H, W) at the next time from x_t and the prediction at x_t."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +52,30 @@ class _Point:
     lam: float
 
 
-class _OfSchedule:
-    """What the solvers have in common: the schedule, and where they begin and end."""
+class Solver(ABC):
+    """A sampler in progress: one object for one trajectory."""
 
     def __init__(self, schedule: DDPMSchedule, times: Sequence[float], fresh: Fresh) -> None:
         self.schedule, self.times, self.fresh = schedule, times, fresh
         # DDIM's steps end where the next one begins only where their number divides that of the training steps
         self.next = dict(pairwise([*times, END]))
 
+    @classmethod
+    def walk(cls, schedule: DDPMSchedule, steps: int) -> Walk:
+        """Return the steps of a trajectory of so many: those of the schedule's own sampler.
+
+        Raises:
+            ModelError: this number of steps is not possible.
+        """
+        return schedule.walk(steps)
+
     def begun(self, noise: Float) -> Float:
-        """Return the noise itself."""
+        """Return the state x_T (B, C, H, W) that sampling begins from: the noise itself."""
         return noise
+
+    @abstractmethod
+    def step(self, prediction: Float, x_t: Float, t: float) -> Float:
+        """Return the state (B, C, H, W) at the next time from x_t and the prediction at x_t."""
 
     def _point(self, t: float) -> _Point:
         """The point of a time; diffusers' solvers end at the image itself."""
@@ -89,7 +89,7 @@ class _OfSchedule:
         return split_prediction(prediction, x_t, self.schedule.alpha_bar_at(t), kind)[0]
 
 
-class Euler(_OfSchedule):
+class Euler(Solver):
     """Euler's method in x_t / alpha over sigma / alpha: DDIM's step, from noise without the signal's share."""
 
     def begun(self, noise: Float) -> Float:
@@ -103,7 +103,7 @@ class Euler(_OfSchedule):
         return np.asarray(there.alpha * image + there.sigma * (x_t - here.alpha * image) / here.sigma)
 
 
-class DPMSolver2M(_OfSchedule):
+class DPMSolver2M(Solver):
     """DPM-Solver++ of second order, midpoint, the last step of first order."""
 
     def __init__(self, schedule: DDPMSchedule, times: Sequence[float], fresh: Fresh) -> None:
@@ -123,7 +123,7 @@ class DPMSolver2M(_OfSchedule):
         return np.asarray(x_s)
 
 
-class UniPC(_OfSchedule):
+class UniPC(Solver):
     """UniPC of second order, whose corrector needs no further prediction."""
 
     def __init__(self, schedule: DDPMSchedule, times: Sequence[float], fresh: Fresh) -> None:
@@ -168,11 +168,28 @@ class UniPC(_OfSchedule):
         return np.asarray(x_t - here.alpha * growth * change)
 
 
-class LCM(_OfSchedule):
+class LCM(Solver):
     """The sampler of latent consistency models, with the boundary condition that a state at time 0 is its own answer.
 
     For models that were distilled so, or have such an adapter fused in.
     """
+
+    @classmethod
+    def walk(cls, schedule: DDPMSchedule, steps: int) -> Walk:
+        """Return steps along the times at which such models are distilled.
+
+        Raises:
+            ModelError: there are not so many.
+        """
+        total = int(schedule.config["num_train_timesteps"])
+        of_all = min(LCM_TIMES, total)
+        if not 1 <= steps <= of_all:
+            raise ModelError(
+                f"steps: got {steps} with the solver lcm; allowed 1 to {of_all}, the times it was distilled at"
+            )
+        distilled = [(index + 1) * (total // of_all) - 1 for index in reversed(range(of_all))]
+        times = [distilled[index * of_all // steps] for index in range(steps)]
+        return tuple(pairwise([*times, END]))
 
     def step(self, prediction: Float, x_t: Float, t: float) -> Float:
         """Return the state (B, C, H, W) at the next time from x_t and the prediction at x_t."""
@@ -185,7 +202,7 @@ class LCM(_OfSchedule):
         return np.asarray(there.alpha * answer + there.sigma * self.fresh(self.times.index(t) + 1))
 
 
-SOLVERS: Mapping[str, type[Euler] | type[DPMSolver2M] | type[UniPC] | type[LCM]] = {
+SOLVERS: Mapping[str, type[Solver]] = {
     "euler": Euler,
     "dpm++2m": DPMSolver2M,
     "unipc": UniPC,
@@ -198,20 +215,12 @@ def solver_walk(name: str | None, schedule: DDPMSchedule | FlowSchedule, steps: 
     """Return the steps that a solver makes, or without one the schedule's own sampler.
 
     Raises:
-        ModelError: this number of steps is not possible, or LCM is asked for of a schedule that it does not know.
+        ModelError: this number of steps is not possible, or as `solver_of`.
     """
-    if name != "lcm":
+    if name is None:
         return schedule.walk(steps)
-    _checked(name, schedule)
-    total = int(schedule.config["num_train_timesteps"])
-    of_all = min(LCM_TIMES, total)
-    if not 1 <= steps <= of_all:
-        raise ModelError(
-            f"steps: got {steps} with the solver lcm; allowed 1 to {of_all}, the times it was distilled at"
-        )
-    distilled = [(index + 1) * (total // of_all) - 1 for index in reversed(range(of_all))]
-    times = [distilled[index * of_all // steps] for index in range(steps)]
-    return tuple(pairwise([*times, END]))
+    known = _checked(name, schedule)
+    return SOLVERS[name].walk(known, steps)
 
 
 def solver_of(name: str, schedule: DDPMSchedule | FlowSchedule, walk: Walk, fresh: Fresh) -> Solver:

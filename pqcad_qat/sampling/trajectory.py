@@ -8,7 +8,7 @@ Not here: models, or the schedules and their steps, for DDPM's kin (ddpm_schedul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, cast
 
@@ -84,11 +84,7 @@ def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> 
 
     Each image has noise of its own, so it does not depend on the batch size or on the framework that samples it.
     """
-    rows = [
-        np.random.default_rng((seed, index)).standard_normal(shape, dtype=np.float32)
-        for index in range(first, first + count)
-    ]
-    return np.stack(rows)
+    return _standard_normal([(seed, index) for index in range(first, first + count)], shape)
 
 
 def later_noise(seed: int, step: int, count: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
@@ -96,8 +92,12 @@ def later_noise(seed: int, step: int, count: int, shape: tuple[int, ...]) -> npt
     images 0 to `count` of a seed.
     """
     # numpy reads (seed, index, 0) as (seed, index), which is the noise that sampling began from: hence from 1 on
-    rows = [np.random.default_rng((seed, index, step)).standard_normal(shape, np.float32) for index in range(count)]
-    return np.stack(rows)
+    return _standard_normal([(seed, index, step) for index in range(count)], shape)
+
+
+def _standard_normal(seeds: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """A row of noise (*shape) for each seed, stacked."""
+    return np.stack([np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds])
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ def read_graph(folder: Path, core: ov.Core) -> ov.Model:
     Raises:
         ModelError: the manifest is not valid, or OpenVINO cannot read the files.
     """
-    manifest, graph = unverified_manifest(folder), graph_on_disk(folder, core)
-    return sized(graph, manifest, folder / manifest["graph"]) if manifest.get("any_size", False) else graph
+    manifest = unverified_manifest(folder)
+    return _at_own_size(graph_on_disk(folder, core), manifest, folder / manifest["graph"])
 
 
 def sized(graph: ov.Model, manifest: Mapping[str, Any], path: Path) -> ov.Model:
@@ -72,7 +72,11 @@ def read_float_graph(folder: Path, core: ov.Core) -> ov.Model:
     """
     manifest = unverified_manifest(folder)
     graph = float_graph_on_disk(folder, manifest, core)
-    return sized(graph, manifest, folder / FLOAT_GRAPH) if manifest.get("any_size", False) else graph
+    return _at_own_size(graph, manifest, folder / denoiser_part(manifest) / FLOAT_GRAPH)
+
+
+def _at_own_size(graph: ov.Model, manifest: Mapping[str, Any], path: Path) -> ov.Model:
+    return sized(graph, manifest, path) if manifest.get("any_size", False) else graph
 
 
 def float_graph_on_disk(folder: Path, manifest: Mapping[str, Any], core: ov.Core) -> ov.Model:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
@@ -24,6 +25,9 @@ from pqcad_qat.serving.runtime import Float32
 
 MOST_BLOCKS, MOST_SCALE = 12, 1e9
 """Largest number of blocks, and upper bound on the magnitude of scaling values, in a VAE's config."""
+
+CHANNEL_SCALES = ("latents_mean", "latents_std")
+"""Keys of a VAE's config with a mean and a deviation for each channel of the latents."""
 
 
 class PictureDecoder:
@@ -73,11 +77,8 @@ class PictureDecoder:
         )
 
     def _compile(self, size: Size) -> Requests:
-        graph, shape = self._graph.clone(), (self._channels, *size)
-        reshape_part(graph, (1, *shape), self._part)
-        pictures = ([1, 3, *(self.factor * side for side in size)], "float32")
-        if (output := port_of(graph.outputs[0])) != pictures:
-            raise ModelError(f"{self._part / GRAPH}: got the output {output}; allowed {pictures}, of latents {shape}")
+        pictures = [1, 3, *(self.factor * side for side in size)]
+        graph = _sized(self._graph, self._part, (1, self._channels, *size), pictures)
         return Requests(compile_graph(graph, shared_core(), self._device, self._properties))
 
 
@@ -117,12 +118,22 @@ class PictureEncoder:
         return unscaled_latents(self._config, np.concatenate(found)[:, : self._channels])
 
     def _compile(self, size: Size) -> Requests:
-        graph = self._graph.clone()
-        reshape_part(graph, (1, 3, *size), self._part)
-        latents = ([1, 2 * self._channels, *(side // self._factor for side in size)], "float32")
-        if (output := port_of(graph.outputs[0])) != latents:
-            raise ModelError(f"{self._part / GRAPH}: got the output {output}; allowed {latents}, of pictures {size}")
+        latents = [1, 2 * self._channels, *(side // self._factor for side in size)]
+        graph = _sized(self._graph, self._part, (1, 3, *size), latents)
         return Requests(compile_graph(graph, shared_core(), self._device, self._properties))
+
+
+def _sized(graph: ov.Model, part: Path, inputs: tuple[int, ...], outputs: list[int]) -> ov.Model:
+    """A copy of a part's graph for inputs of this shape.
+
+    Raises:
+        ModelError: it does not take them, or its output has another shape than `outputs`.
+    """
+    copy, allowed = graph.clone(), (outputs, "float32")
+    reshape_part(copy, inputs, part)
+    if (output := port_of(copy.outputs[0])) != allowed:
+        raise ModelError(f"{part / GRAPH}: got the output {output}; allowed {allowed}, of the input {inputs}")
+    return copy
 
 
 def _vae_config(part: Path, channels: int) -> tuple[dict[str, Any], int]:
@@ -146,21 +157,26 @@ def scaled_latents(config: Mapping[str, Any], latents: Float32) -> Float32:
 
     Where the config has a mean and deviation for each channel, they are applied too.
     """
-    mean, deviation = (config.get(key) for key in ("latents_mean", "latents_std"))
-    scaled = np.asarray(latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0), np.float32)
-    if mean is None or deviation is None:
-        return scaled
-    spread, middle = (np.asarray(value, np.float32).reshape(1, -1, 1, 1) for value in (deviation, mean))
-    return np.asarray(scaled * spread + middle, np.float32)
+    mean, deviation = _of_channels(config)
+    return np.asarray((latents / config["scaling_factor"] + _shift(config)) * deviation + mean, np.float32)
 
 
 def unscaled_latents(config: Mapping[str, Any], latents: Float32) -> Float32:
     """Scale latents (N, C, h, w) of a VAE's encoder to those of a denoiser: the inverse of `scaled_latents`."""
-    mean, deviation = (config.get(key) for key in ("latents_mean", "latents_std"))
-    if mean is not None and deviation is not None:
-        spread, middle = (np.asarray(value, np.float32).reshape(1, -1, 1, 1) for value in (deviation, mean))
-        latents = (latents - middle) / spread
-    return np.asarray((latents - (config.get("shift_factor") or 0.0)) * config["scaling_factor"], np.float32)
+    mean, deviation = _of_channels(config)
+    return np.asarray(((latents - mean) / deviation - _shift(config)) * config["scaling_factor"], np.float32)
+
+
+def _shift(config: Mapping[str, Any]) -> float:
+    return float(config.get("shift_factor") or 0.0)
+
+
+def _of_channels(config: Mapping[str, Any]) -> tuple[Float32, Float32]:
+    """Mean and deviation of the latents (1, C or 1, 1, 1): 0 and 1 unless the config has both."""
+    found = [config.get(key) for key in CHANNEL_SCALES]
+    values = [[0.0], [1.0]] if None in found else found
+    mean, deviation = (np.asarray(value, np.float32).reshape(1, -1, 1, 1) for value in values)
+    return mean, deviation
 
 
 def _check_scale(config: Mapping[str, Any], channels: int, path: Path) -> None:
@@ -172,7 +188,7 @@ def _check_scale(config: Mapping[str, Any], channels: int, path: Path) -> None:
         ),
         "shift_factor": (config.get("shift_factor") is None or _is_number(config["shift_factor"]), "null or a number"),
     }
-    for key in ("latents_mean", "latents_std"):
+    for key in CHANNEL_SCALES:
         values = config.get(key)
         numbers = isinstance(values, list) and len(values) == channels and all(map(_is_number, values))
         rules[key] = (values is None or numbers, f"null or {channels} numbers, one a channel")

@@ -225,14 +225,11 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         CheckpointError: another process holds it.
     """
-    lock = FileLock(path / ".lock")
     try:
-        lock.acquire(blocking=False)
+        held = FileLock(path / ".lock").acquire(blocking=False)
     except Timeout:
         raise CheckpointError(
             f"{path}: got a run that another process is running; allowed one process at a time"
         ) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()

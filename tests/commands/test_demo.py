@@ -17,6 +17,7 @@ from tiny_runs import REPOSITORY
 
 from pqcad_qat.commands import demo as module
 from pqcad_qat.commands.demo import COLUMNS, IMAGES, LEAST, demo, open_shown
+from pqcad_qat.commands.open_folder import opened_folder
 from pqcad_qat.errors import ModelError, UsageError
 from pqcad_qat.models.model_folder import embedded_models
 from pqcad_qat.serving.text_to_image import TextToImage
@@ -61,7 +62,8 @@ def test_images_without_prompts_come_in_a_grid() -> None:
 
 
 def test_a_model_without_prompts_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    maker = module._sampled(embedded_models()[0], 2, "it")
+    source = embedded_models()[0]
+    maker = module._sampled(source, opened_folder(source, 2, None, None), "it")
     one, other = maker.make("", 1, 2), maker.make("", 2, 2)
     assert one.shape == other.shape
     assert (one != other).any()

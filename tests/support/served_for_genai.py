@@ -74,8 +74,8 @@ def _make_adapted(folder: Path, kind: str, asked: Mapping[str, Any]) -> None:
     """
     part = "transformer" if kind in ("stable-diffusion-3", "flux") else "unet"
     weights = Path("pipeline") / part / "diffusion_pytorch_model.safetensors"
-    formats, schedule = {"vae": "float", "text_encoder": "float"}, SCHEDULES.get(kind)
-    deployed(kind, folder / "adapted", formats, schedule)
+    schedule = SCHEDULES.get(kind)
+    deployed(kind, folder / "adapted", FLOAT, schedule)
     tensors, adapter = load_file(folder / "adapted" / weights), dict[str, Tensor]()
     dice = torch.Generator().manual_seed(0)
     for name, weight in list(tensors.items()):
@@ -93,7 +93,7 @@ def _make_adapted(folder: Path, kind: str, asked: Mapping[str, Any]) -> None:
             adapter |= {f"transformer.{layer}.lora_A.weight": down, f"transformer.{layer}.lora_B.weight": up}
     save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, folder / "adapter.safetensors")
     fused = deployed(
-        kind, folder / "fused", formats, schedule, change=lambda source: save_file(tensors, source.parent / weights)
+        kind, folder / "fused", FLOAT, schedule, change=lambda source: save_file(tensors, source.parent / weights)
     )
     for form, made in (("adapted", folder / "adapted" / "openvino"), ("fused", fused.folder)):
         pipeline = TextToImage.from_pretrained(made, properties={"INFERENCE_PRECISION_HINT": "f32"})

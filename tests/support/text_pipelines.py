@@ -169,29 +169,22 @@ def dit_pipeline(folder: Path) -> Path:
 
 def stable_diffusion(folder: Path) -> Path:
     """StableDiffusionPipeline: latents 4x8x8, pictures 16x16."""
-    torch.manual_seed(0)
-    pipeline = StableDiffusionPipeline(
-        vae=tiny_vae(),
-        text_encoder=CLIPTextModel(_text_config(WIDTH)).eval(),
-        tokenizer=tokenizer(folder / "words"),
-        unet=text_unet().eval(),
-        scheduler=DDIMScheduler.from_config(SCHEDULER),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder / "pipeline", safe_serialization=True)
-    return folder / "pipeline"
+    return _stable_diffusion(folder, text_unet)
 
 
 def stable_diffusion_2(folder: Path) -> Path:
     """StableDiffusionPipeline like Stable Diffusion 2's, whose UNet has a level of half the size."""
+    return _stable_diffusion(folder, two_level_unet, pad_token="!", hidden_act="gelu")
+
+
+def _stable_diffusion(folder: Path, unet: Callable[[], nn.Module], pad_token: str | None = None, **text: Any) -> Path:
     torch.manual_seed(0)
+    padding = {} if pad_token is None else {"pad_token": pad_token}
     pipeline = StableDiffusionPipeline(
         vae=tiny_vae(),
-        text_encoder=CLIPTextModel(_text_config(WIDTH, hidden_act="gelu")).eval(),
-        tokenizer=tokenizer(folder / "words", pad_token="!"),
-        unet=two_level_unet().eval(),
+        text_encoder=CLIPTextModel(_text_config(WIDTH, **text)).eval(),
+        tokenizer=tokenizer(folder / "words", **padding),
+        unet=unet().eval(),
         scheduler=DDIMScheduler.from_config(SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
