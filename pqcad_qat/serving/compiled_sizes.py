@@ -99,15 +99,19 @@ class CompiledSizes:
         """The denoiser for the folder's own size."""
         return self._made.at(self._own)
 
+    def takes(self, size: Size) -> bool:
+        """Whether the denoiser can be called with samples of this height and width."""
+        free = self._any_size and all(side and not side % self._multiple for side in size)
+        return free or size == self._own
+
     def at(self, shape: Sequence[int]) -> CompiledDenoiser:
         """The denoiser for samples of this shape (B, C, H, W).
 
         Raises:
             ModelError: the folder has no such samples, or OpenVINO cannot compile for them.
         """
-        own = len(shape) == 4 and tuple(shape[2:]) == self._own
-        fits = own or (self._any_size and all(side and not side % self._multiple for side in shape[2:]))
-        if len(shape) != 4 or shape[1] != self._channels or not shape[0] or not fits:
+        fits = len(shape) == 4 and shape[1] == self._channels and shape[0] > 0
+        if not fits or not self.takes((shape[2], shape[3])):
             sides = f"H and W multiples of {self._multiple}" if self._any_size else ""
             height, width = ("H", "W") if self._any_size else self._own
             allowed = f"(B, {self._channels}, {height}, {width}){f' with {sides}' if sides else ''}"

@@ -196,6 +196,10 @@ class OVUNet2DModel(StandIn):
         self._warn_of_unknown_times(times)
         return self.predict(states, times, call.conditions)
 
+    def takes(self, size: tuple[int, int]) -> bool:
+        """Whether samples may have this height and width."""
+        return self._sizes.takes(size)
+
     def predict(
         self,
         sample: npt.NDArray[Any],

@@ -254,10 +254,10 @@ class TextToImage:
                 raise ModelError(f"image: got {_by(of_image)} pixels; allowed {_by(asked)}, the size that is asked for")
             found = (asked[0], asked[1])
         latents = (found[0] // factor, found[1] // factor)
-        step = factor * self.denoiser.multiple
-        free = self.denoiser.manifest.get("any_size", False)
-        if latents != own and (not free or any(side < step or side % step for side in found)):
-            allowed = f"multiples of {step}" if free else f"{_by([side * factor for side in own])}, the folder's own"
+        if any(side % factor for side in found) or not self.denoiser.takes(latents):
+            free = self.denoiser.manifest.get("any_size", False)
+            own_pixels = _by([side * factor for side in own])
+            allowed = f"multiples of {factor * self.denoiser.multiple}" if free else f"{own_pixels}, the folder's own"
             raise ModelError(f"{'size' if of_image is None else 'image'}: got {_by(found)} pixels; allowed {allowed}")
         return latents
 

@@ -127,6 +127,7 @@ def test_a_size_is_that_of_the_pictures_and_the_folders_own_stays(ours: TextToIm
     ("given", "message"),
     [
         ({"size": (15, 16)}, "size: got 15x16 pixels; allowed multiples of "),
+        ({"size": (17, 16)}, "size: got 17x16 pixels; allowed multiples of "),  # its latents would be the folder's own
         ({"size": (0, 16)}, "size: got 0x16 pixels; allowed multiples of "),
         ({"size": (16.0, 16.0)}, r"size: got .*; allowed height and width in pixels"),
         ({"size": "16x16"}, "size: got '16x16'; allowed height and width in pixels"),

@@ -9,18 +9,16 @@ packages chromium and chromium-driver.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from shutil import which
 from typing import Any
 
+from browser import chromium
+from local_server import free_port
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 PROGRAM = """
@@ -29,12 +27,6 @@ from pathlib import Path
 from pqcad_qat.commands.demo import demo
 demo(Path(sys.argv[1]), host="127.0.0.1", port=int(sys.argv[2]), tell=print)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
 
 
 def wait(seconds: float, found: Any) -> Any:
@@ -48,16 +40,6 @@ def wait(seconds: float, found: Any) -> Any:
             pass
         time.sleep(0.2)
     raise AssertionError("nothing came")
-
-
-def browser(temporary: str) -> webdriver.Chrome:
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={temporary}"):
-        options.add_argument(argument)
-    options.add_argument("--window-size=1200,900")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    options.binary_location = str(which("chromium"))
-    return webdriver.Chrome(options=options, service=Service(which("chromedriver")))
 
 
 def pictures(driver: webdriver.Chrome) -> list[str]:
@@ -94,12 +76,9 @@ def main(folder: Path, shot: Path) -> None:
     try:
         wait(120, lambda: server.poll() is not None or urllib.request.urlopen(url).status == 200)
         assert server.poll() is None, "the server has ended"
-        with tempfile.TemporaryDirectory() as temporary:
-            driver = browser(temporary)
-            try:
-                check(driver, url, shot)
-            finally:
-                driver.quit()
+        with chromium() as driver:
+            driver.set_window_size(1200, 900)
+            check(driver, url, shot)
     finally:
         server.terminate()
         server.wait(30)

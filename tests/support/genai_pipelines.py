@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import openvino_genai as genai
+from int8_nodes import int8_layers
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -72,7 +73,7 @@ def picture(pipeline: Any, case: str, asked: dict[str, Any], given: Any) -> np.n
     return np.asarray(found.data).transpose(0, 3, 1, 2).astype(float)
 
 
-def int8_layers(folder: Path, count: int, size: tuple[int, int]) -> tuple[int, int]:
+def executed_layers(folder: Path, count: int, size: tuple[int, int]) -> tuple[int, int]:
     """Number of planned layers that execute in INT8 after the reshape that GenAI makes, and of all planned layers."""
     manifest = json.loads((folder / "manifest.json").read_text())
     graph = ov.Core().read_model(folder / manifest["graph"])
@@ -88,12 +89,7 @@ def int8_layers(folder: Path, count: int, size: tuple[int, int]) -> tuple[int, i
         shapes[name] = shape
     graph.reshape(shapes)
     compiled = ov.Core().compile_model(graph, "CPU", F32)
-    kinds, names = ("Convolution", "FullyConnected", "MatMul"), set()
-    for node in compiled.get_runtime_model().get_ops():
-        info = {key: str(getattr(value, "value", value)) for key, value in dict(node.get_rt_info().items()).items()}
-        if info["layerType"] in kinds and info["runtimePrecision"] in ("i8", "u8"):
-            names |= {name.removeprefix("layer.").partition("/")[0] for name in info["originalLayersNames"].split(",")}
-    return len(names & manifest["layers"].keys()), len(manifest["layers"])
+    return len(int8_layers(compiled, manifest["layers"])), len(manifest["layers"])
 
 
 def check(folder: Path) -> None:
@@ -109,7 +105,7 @@ def check(folder: Path) -> None:
     told = ", ".join(f"{case} {off:.2f}" for case, off in differences.items())
     print(f"{kind}, {form}: mean difference in levels of 255: {told}", flush=True)
     assert max(differences.values()) <= OFF[form], f"{kind}, {form}: more than {OFF[form]}"
-    executed, planned = int8_layers(folder / "openvino", 2, (12, 16))
+    executed, planned = executed_layers(folder / "openvino", 2, (12, 16))
     assert executed == planned, f"{kind}: {executed} of {planned} planned layers in INT8"
     assert planned > 20 or form == "float"
 
