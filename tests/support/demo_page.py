@@ -72,7 +72,7 @@ def check(driver: webdriver.Chrome, url: str, shot: Path) -> None:
 def main(folder: Path, shot: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), str(port)], env=dict(os.environ))
+    server = subprocess.Popen([sys.executable, "-P", "-c", PROGRAM, str(folder), str(port)], env=dict(os.environ))
     try:
         wait(120, lambda: server.poll() is not None or urllib.request.urlopen(url).status == 200)
         assert server.poll() is None, "the server has ended"
