@@ -229,7 +229,7 @@ def test_configs_are_checked_against_the_manifest(
         (
             "vae_decoder/config.json",
             {"block_out_channels": [8]},
-            r"got the output .*; allowed \(\[1, 3, 4, 4\], 'float32'\), of latents",
+            r"got the output .*; allowed \(\[1, 3, 4, 4\], 'float32'\), of the input",
         ),
         (
             "vae_decoder/config.json",
