@@ -143,6 +143,7 @@ def sample(
     image: str | None = None,
     mask: str | None = None,
     strength: float | None = None,
+    solver: str | None = None,
 ) -> None:
     """Sample images from a folder, also from a prompt, and write them as a grid; or write latents.
 
@@ -164,6 +165,7 @@ def sample(
         image: file of a picture that the prompt changes.
         mask: file of a picture of the same size; where it is bright, the image is painted anew, and else kept.
         strength: share of the sampling steps that change the image, over 0 to 1; by default 0.8, or 1 with a mask.
+        solver: another sampler than the folder's own: euler, dpm++2m, unipc or lcm; only with a prompt.
     """
     from pqcad_qat.commands.sample import SampleRequest
     from pqcad_qat.commands.sample import sample as sample_folder
@@ -182,6 +184,7 @@ def sample(
         image=None if image is None else Path(image),
         mask=None if mask is None else Path(mask),
         strength=strength,
+        solver=solver,
     )
     sampled = sample_folder(request, console.PROGRESS)
     console.tell(*(f"warning: {warning}" for warning in sampled.warnings), f"{out}: {sampled.text}")

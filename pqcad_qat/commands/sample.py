@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 from rich.console import Console
 
+from pqcad_qat.data.upright import upright
 from pqcad_qat.errors import UsageError
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.report.grid import save_grid
@@ -60,6 +61,7 @@ class SampleRequest:
         image: file of a picture that the prompt changes.
         mask: file of a picture that is bright where the image is painted anew.
         strength: share of the sampling steps that change the image.
+        solver: name of another sampler than the folder's own.
     """
 
     folder: str
@@ -75,6 +77,7 @@ class SampleRequest:
     image: Path | None = None
     mask: Path | None = None
     strength: float | None = None
+    solver: str | None = None
 
 
 def sample(request: SampleRequest, console: Console) -> Sampled:
@@ -86,7 +89,7 @@ def sample(request: SampleRequest, console: Console) -> Sampled:
     """
     if request.out.suffix.lower() not in (PICTURES, LATENTS):
         raise UsageError(f"--out: got {str(request.out)!r}; allowed a name in .png, or of latents in .safetensors")
-    of_prompts = ("negative", "size", "image", "mask", "strength")
+    of_prompts = ("negative", "size", "image", "mask", "strength", "solver")
     alone = [name for name in of_prompts if getattr(request, name) is not None]
     if request.prompt is None and alone:
         raise UsageError(f"--{alone[0]}: got it alone; allowed beside --prompt")
@@ -124,23 +127,25 @@ def _of_prompt(request: SampleRequest, prompt: str, console: Console) -> Sampled
                 image=image,
                 mask=mask,
                 strength=request.strength,
+                solver=request.solver,
                 advance=lambda _: bar.advance(task),
             )
     save_grid(pictures, out)
     scale = pipeline.guidance if guidance is None else guidance
-    text = f"{count} images of {prompt!r}, {walked} steps, guidance {scale:g}, openvino"
+    by = "" if request.solver is None else f" of {request.solver}"
+    text = f"{count} images of {prompt!r}, {walked} steps{by}, guidance {scale:g}, openvino"
     return Sampled(out, text, tuple(str(warning.message) for warning in caught))
 
 
 def _pixels(flag: str, file: Path, mode: str) -> npt.NDArray[np.uint8]:
-    """The pixels of a picture's file in a mode of PIL.
+    """The pixels of a picture's file, upright, in a mode of PIL.
 
     Raises:
         UsageError: it is no picture.
     """
     try:
         with Image.open(file) as opened:
-            return np.asarray(opened.convert(mode), np.uint8)
+            return np.asarray(upright(opened).convert(mode), np.uint8)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         why = "which does not exist" if not file.is_file() else f"which is no picture: {error}"
         raise UsageError(f"--{flag}: got {file}, {why}; allowed a picture, such as a PNG") from error

@@ -1,7 +1,7 @@
 """Real images as uint8 tensors (N, C, H, W): Fashion-MNIST, scikit-learn's digits, emoji, or a folder of pictures.
 
-Not here: how emoji are read from a font (data/emoji.py), noise, trajectories (data/calibration.py), or image quality
-(quality/fidelity.py).
+Not here: how emoji are read from a font (emoji.py), how a picture is turned upright (upright.py), noise, trajectories
+(calibration.py), or image quality (quality/fidelity.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from pqcad_qat.data.emoji import EMOJI_LIST, NOTO_EMOJI_FONT, emoji_pictures
+from pqcad_qat.data.upright import over_white, upright
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.files import file_digest
 
@@ -249,8 +250,7 @@ def _emoji(font: Path, size: int) -> tuple[list[Image.Image], NDArray[np.int64]]
     listing = font.with_name(Path(EMOJI_LIST).name)
     pictures, groups = emoji_pictures(font, listing if listing.exists() else Path(EMOJI_LIST))
     padded = [
-        ImageOps.pad(_over_white(picture), (size, size), Image.Resampling.BICUBIC, color="white")
-        for picture in pictures
+        ImageOps.pad(over_white(picture), (size, size), Image.Resampling.BICUBIC, color="white") for picture in pictures
     ]
     return padded, groups
 
@@ -273,19 +273,13 @@ def _picture(path: Path, size: tuple[int, int]) -> Image.Image:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"channels must have 8 bits, got mode {file.mode}")
-            upright = ImageOps.exif_transpose(file)
-            grey = upright.mode in ("1", "L", "LA")
-            over = _over_white(upright)
+            grey = file.mode in ("1", "L", "LA")
+            over = upright(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ModelError(
             f"{path}: got no readable picture: {error}; allowed {', '.join(PICTURE_SUFFIXES)}, 8 bits a channel"
         ) from error
     return ImageOps.fit(over.convert("L") if grey else over, size, Image.Resampling.BICUBIC)
-
-
-def _over_white(picture: Image.Image) -> Image.Image:
-    """Convert an image to RGB, with white where it is transparent."""
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert("RGB")
 
 
 def _common_mode(pictures: Sequence[Image.Image]) -> str:

@@ -24,7 +24,7 @@ from pqcad_qat.serving.deployed_folder import denoiser_part, graph_on_disk
 from pqcad_qat.serving.graph_checks import check_graph
 from pqcad_qat.serving.graph_inputs import SAMPLE, port_values, prediction
 from pqcad_qat.serving.manifest import FLOAT_GRAPH
-from pqcad_qat.serving.per_size import PerSize, Size
+from pqcad_qat.serving.per_size import PerSize, SampleSizes, Size
 
 Float32 = npt.NDArray[np.float32]
 """Array of float32."""
@@ -72,7 +72,7 @@ class CompiledSizes:
         properties: Mapping[str, Any] | None,
         *,
         in_float: bool,
-        multiple: int = 1,
+        sizes: SampleSizes,
     ) -> None:
         """Read, check and compile the folder's graphs.
 
@@ -82,27 +82,20 @@ class CompiledSizes:
             device: OpenVINO's name of the device.
             properties: OpenVINO properties that override the defaults.
             in_float: whether full precision computes some steps.
-            multiple: number by which the network divides the height and width of its samples.
+            sizes: the sizes that the folder takes.
         """
-        self._folder, self._manifest, self._multiple = folder, manifest, multiple
+        self._folder, self._manifest, self._takes = folder, manifest, sizes
         self._device, self._properties, self._core = device, properties, shared_core()
         self._graph = graph_on_disk(folder, self._core)
         self._full = float_graph_on_disk(folder, manifest, self._core) if in_float else None
-        self._any_size = bool(manifest.get("any_size", False))
-        self._channels, *own = manifest["sample_shape"]
-        self._own: Size = (own[0], own[1])
-        self._made = PerSize(self._compile, self._own)
-        self.at((1, self._channels, *self._own))
+        self._channels: int = manifest["sample_shape"][0]
+        self._made = PerSize(self._compile, sizes.own)
+        self._made.at(sizes.own)
 
     @property
     def own(self) -> CompiledDenoiser:
         """The denoiser for the folder's own size."""
-        return self._made.at(self._own)
-
-    def takes(self, size: Size) -> bool:
-        """Whether the denoiser can be called with samples of this height and width."""
-        free = self._any_size and all(side and not side % self._multiple for side in size)
-        return free or size == self._own
+        return self._made.at(self._takes.own)
 
     def at(self, shape: Sequence[int]) -> CompiledDenoiser:
         """The denoiser for samples of this shape (B, C, H, W).
@@ -111,9 +104,10 @@ class CompiledSizes:
             ModelError: the folder has no such samples, or OpenVINO cannot compile for them.
         """
         fits = len(shape) == 4 and shape[1] == self._channels and shape[0] > 0
-        if not fits or not self.takes((shape[2], shape[3])):
-            sides = f"H and W multiples of {self._multiple}" if self._any_size else ""
-            height, width = ("H", "W") if self._any_size else self._own
+        if not fits or not self._takes.take((shape[2], shape[3])):
+            free = self._takes.free
+            sides = f"H and W multiples of {self._takes.multiple}" if free else ""
+            height, width = ("H", "W") if free else self._takes.own
             allowed = f"(B, {self._channels}, {height}, {width}){f' with {sides}' if sides else ''}"
             raise ModelError(f"{self._folder}: samples: got shape {tuple(shape)}; allowed {allowed}")
         return self._made.at((shape[2], shape[3]))
@@ -136,7 +130,7 @@ class CompiledSizes:
 
     def _sized(self, graph: ov.Model, manifest: Mapping[str, Any]) -> ov.Model:
         """The graph, or a copy for this manifest's size, after its check."""
-        if self._any_size:
+        if self._takes.free:
             graph = sized(graph.clone(), manifest, self._folder / manifest["graph"])
         check_graph(graph, manifest, self._folder)
         return graph

@@ -6,7 +6,7 @@ uses them (text_to_image.py). Needs openvino and numpy; prompts also need the li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from pqcad_qat.serving.compiled_graph import Requests, compile_graph, reason, sh
 from pqcad_qat.serving.deployed_folder import tokenizer_of
 from pqcad_qat.serving.graph_checks import port_of
 from pqcad_qat.serving.manifest import CONFIG, GRAPH, LARGEST_SIDE, WEIGHTS
+from pqcad_qat.serving.on_demand import OnDemand
 from pqcad_qat.serving.packing import UNREADABLE, read_text_and_weights
 from pqcad_qat.serving.runtime import Float32
 
@@ -54,7 +55,7 @@ class PromptEncoder:
             ModelError: the files of the encoder or its tokenizer cannot be read, or the library tokenizers is not
                 installed.
         """
-        self._part = folder / part
+        self._part, self._device, self._properties = folder / part, device, properties
         self.config = read_json(self._part / CONFIG)
         graph = read_part(self._part, {"input_ids"})
         self.outputs = tuple(name for port in graph.outputs for name in port.get_names())
@@ -67,8 +68,17 @@ class PromptEncoder:
         self.tokens: int = sizes[1]
         self.masked = len(graph.inputs) > 1
         self._tokenizer = _tokenizer(folder / tokenizer_of(part), self.tokens)
+        self._requests = OnDemand(self._compile)
+        self._requests()
+
+    def _compile(self) -> Requests:
+        graph = read_part(self._part, {"input_ids"})
         reshape_part(graph, (1, self.tokens), self._part)
-        self._requests = Requests(compile_graph(graph, shared_core(), device, properties))
+        return Requests(compile_graph(graph, shared_core(), self._device, self._properties))
+
+    def drop(self) -> None:
+        """Free the memory of the graph, which the next call reads and compiles again."""
+        self._requests.drop()
 
     def ids(self, prompt: str) -> npt.NDArray[np.int64]:
         """Token ids of a prompt, (1, tokens)."""
@@ -105,35 +115,7 @@ class PromptEncoder:
                 f"{self._part / GRAPH}: got no output {missing[0]}; allowed a graph with {', '.join(outputs)}, from "
                 "which the denoiser's text is made"
             )
-        return dict(zip(outputs, self._requests.infer(inputs, outputs), strict=True))
-
-
-class PassingEncoders(Mapping[str, PromptEncoder]):
-    """Text encoders by part that are loaded when they are asked for, and dropped after a prompt.
-
-    T5 takes more memory than many a denoiser, and is needed for a moment.
-    """
-
-    def __init__(self, load: Callable[[str], PromptEncoder], parts: Sequence[str]) -> None:
-        self._load, self._parts = load, tuple(parts)
-        self._held: dict[str, PromptEncoder] = {}
-
-    def __getitem__(self, part: str) -> PromptEncoder:
-        if part not in self._parts:
-            raise KeyError(part)
-        if (encoder := self._held.get(part)) is None:
-            encoder = self._held[part] = self._load(part)
-        return encoder
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def drop(self) -> None:
-        """Drop those that are loaded."""
-        self._held = {}
+        return dict(zip(outputs, self._requests().infer(inputs, outputs), strict=True))
 
 
 def read_part(part: Path, needed: Collection[str]) -> ov.Model:

@@ -1,4 +1,5 @@
-"""What is compiled for one size of image, made when a size is first asked for and kept for the next time.
+"""The sizes that a denoiser takes, and what is compiled for one of them: made when a size is first asked for and kept
+for the next time.
 
 Not here: what is compiled (compiled_sizes.py, vae_runtime.py).
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Size = tuple[int, int]
@@ -17,6 +19,25 @@ KEPT = 4
 """Number of sizes that are kept besides the own one; the one that was not asked for longest goes first."""
 
 Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class SampleSizes:
+    """The heights and widths of samples that a deployed folder takes.
+
+    Attributes:
+        own: the size that it was made for.
+        free: whether it takes others.
+        multiple: number of which the sides of others have to be multiples.
+    """
+
+    own: Size
+    free: bool
+    multiple: int
+
+    def take(self, size: Size) -> bool:
+        """Whether samples may have this size."""
+        return size == self.own or (self.free and all(side and not side % self.multiple for side in size))
 
 
 class _Place(Generic[Made]):

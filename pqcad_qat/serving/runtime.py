@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import openvino as ov
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.families.family import DENOISER_FOLDERS
@@ -37,7 +38,9 @@ from pqcad_qat.serving.diffusers_stand_in import ModelMixin, StandIn, UNetConfig
 from pqcad_qat.serving.float_steps import in_full_precision, steps_in_float
 from pqcad_qat.serving.graph_inputs import SAMPLE, TIME
 from pqcad_qat.serving.manifest import SCHEDULER_CONFIG
+from pqcad_qat.serving.on_demand import OnDemand
 from pqcad_qat.serving.packing import WeightFormat
+from pqcad_qat.serving.per_size import SampleSizes
 from pqcad_qat.serving.vnni import warn_without_vnni
 
 __all__ = ["ModelMixin", "OVUNet2DModel", "UNetConfig", "UNetOutput"]
@@ -88,7 +91,7 @@ class OVUNet2DModel(StandIn):
         scheduler_config: diffusers' config of the scheduler that the model was made for.
         manifest: the folder's manifest.
         sample_shape: shape (C, H, W) of one sample; a folder of any size takes other H and W too.
-        multiple: number of which the H and W of samples have to be multiples.
+        sizes: the H and W of samples that it takes.
         batch_size: number of samples in one run of the graph.
         conditions: inputs besides sample and timestep, in order: {name, shape for one sample, dtype, bound}.
         inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use, the precision of layers outside the plan.
@@ -115,11 +118,14 @@ class OVUNet2DModel(StandIn):
         warn_without_vnni(self.manifest, folder)
         self.in_float = steps_in_float(self.manifest, folder, self._schedule, self.scheduler_config.get(STEPS))
         in_float = self.in_float.start != NO_FLOAT_STEPS
-        self.multiple: int = family_named(str(self.config.get("_class_name"))).multiple(self.config)
-        self._sizes = CompiledSizes(
-            folder, self.manifest, device, properties, in_float=in_float, multiple=self.multiple
+        self.sizes = SampleSizes(
+            (height, width),
+            bool(self.manifest.get("any_size", False)),
+            family_named(str(self.config.get("_class_name"))).multiple(self.config),
         )
-        self.compiled = self._sizes.own.compiled
+        self._compiled = OnDemand(
+            lambda: CompiledSizes(folder, self.manifest, device, properties, in_float=in_float, sizes=self.sizes)
+        )
         self.inference_precision: str = inference_precision(self.compiled)
 
     @classmethod
@@ -159,6 +165,15 @@ class OVUNet2DModel(StandIn):
         """
         copy_folder(self.folder, Path(folder), weights)
 
+    def drop(self) -> None:
+        """Free the memory of the graphs, which the next call reads and compiles again."""
+        self._compiled.drop()
+
+    @property
+    def compiled(self) -> ov.CompiledModel:
+        """The graph for the folder's own batch and size."""
+        return self._compiled().own.compiled
+
     @property
     def compiled_for(self) -> str:
         """OpenVINO's name of the device that computes."""
@@ -196,10 +211,6 @@ class OVUNet2DModel(StandIn):
         self._warn_of_unknown_times(times)
         return self.predict(states, times, call.conditions)
 
-    def takes(self, size: tuple[int, int]) -> bool:
-        """Whether samples may have this height and width."""
-        return self._sizes.takes(size)
-
     def predict(
         self,
         sample: npt.NDArray[Any],
@@ -222,7 +233,7 @@ class OVUNet2DModel(StandIn):
         Raises:
             ModelError: as `__call__`.
         """
-        compiled = self._sizes.at(sample.shape)
+        compiled = self._compiled().at(sample.shape)
         whole = [
             sample,
             self._timesteps(np.asarray(timestep), len(sample)),

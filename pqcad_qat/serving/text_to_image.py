@@ -7,11 +7,12 @@ sampler (sampling/trajectory.py). Needs openvino, numpy and tokenizers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +24,9 @@ from pqcad_qat.models.families.table import prompt_layouts
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.solvers import solver_of, solver_walk
 from pqcad_qat.sampling.trajectory import guided, initial_noise, later_noise, noise_schedule
-from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX
+from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX, read_manifest
 from pqcad_qat.serving.manifest import PART_FOLDERS, SCHEDULER_CONFIG, VAE_ENCODER, check_listed
-from pqcad_qat.serving.part_runtime import PassingEncoders, PromptEncoder
+from pqcad_qat.serving.part_runtime import PromptEncoder
 from pqcad_qat.serving.per_size import Size
 from pqcad_qat.serving.picture_changes import Changes, beginning
 from pqcad_qat.serving.runtime import Float32, OVUNet2DModel
@@ -33,6 +34,14 @@ from pqcad_qat.serving.vae_runtime import PictureDecoder, PictureEncoder
 
 Pictures = npt.NDArray[np.uint8]
 """Pictures (N, 3, H, W)."""
+
+
+class _Droppable(Protocol):
+    def drop(self) -> None: ...
+
+
+Part = TypeVar("Part", bound=_Droppable)
+"""A part of a pipeline, whose memory can be freed."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class TextToImage:
         encoder: encoder of pictures to begin from; None in a folder without one.
         zero_negative: whether guidance without a negative prompt uses zeros as the unconditional condition, as SDXL
             does; otherwise it uses the empty prompt.
+        in_turn: whether a part's memory is freed once the picture needs it no longer.
     """
 
     denoiser: OVUNet2DModel
@@ -55,6 +65,7 @@ class TextToImage:
     decoder: PictureDecoder
     encoder: PictureEncoder | None
     zero_negative: bool
+    in_turn: bool
 
     @classmethod
     def from_pretrained(
@@ -63,7 +74,7 @@ class TextToImage:
         device: str = "CPU",
         properties: Mapping[str, Any] | None = None,
         *,
-        keep_encoders: bool = True,
+        in_turn: bool = False,
     ) -> Self:
         """Load a deployed folder, or the folder of a run that holds one.
 
@@ -72,7 +83,8 @@ class TextToImage:
             device: OpenVINO's name of the device.
             properties: OpenVINO properties that override the runtime's defaults, such as ``{"INFERENCE_PRECISION_HINT":
                 "f32"}``.
-            keep_encoders: whether the text encoders stay in memory; else they are loaded anew for each call.
+            in_turn: whether text encoders, denoiser and VAE take memory one after the other; each is then read and
+                compiled anew for each call.
 
         Raises:
             ModelError: the folder is no deployed folder, is damaged, or lacks parts that a prompt needs; or tokenizers
@@ -100,17 +112,19 @@ class TextToImage:
             )
         taken = [part for part in (*layout.encoders, *layout.optional) if part in present]
 
-        def load(part: str) -> PromptEncoder:
-            return PromptEncoder(path, part, device, properties)
+        def passing(part: Part) -> Part:
+            if in_turn:
+                part.drop()
+            return part
 
-        encoders: Mapping[str, PromptEncoder] = PassingEncoders(load, taken)
-        if keep_encoders:
-            encoders = {part: load(part) for part in taken}
-        decoder = PictureDecoder(path, denoiser.sample_shape, device, properties)
-        channels = denoiser.sample_shape[0]
-        encoder = PictureEncoder(path, channels, device, properties) if VAE_ENCODER in present else None
+        passing(denoiser)
+        encoders = {part: passing(PromptEncoder(path, part, device, properties)) for part in taken}
+        decoder = passing(PictureDecoder(path, denoiser.sample_shape, device, properties))
+        encoder = None
+        if VAE_ENCODER in present:
+            encoder = passing(PictureEncoder(path, denoiser.sample_shape[0], device, properties))
         zero_negative = bool(index.get("force_zeros_for_empty_prompt"))
-        return cls(denoiser, encoders, layout, decoder, encoder=encoder, zero_negative=zero_negative)
+        return cls(denoiser, encoders, layout, decoder, encoder, zero_negative=zero_negative, in_turn=in_turn)
 
     @property
     def steps(self) -> int:
@@ -172,11 +186,11 @@ class TextToImage:
         self._warn_of_cuts(*prompts, *(text or "" for text in negatives))
         start = beginning(image, mask, strength, factor=self.decoder.factor)
         latents = self._latent_size(size, None if start is None else start.size)
-        condition = self._conditions(prompts, latents, count)
-        unconditional = {} if scale == 1.0 else self._unconditional(condition, negatives, latents, count)
-
-        if isinstance(self.encoders, PassingEncoders):
-            self.encoders.drop()
+        if self.in_turn:
+            self._check_unchanged()
+        with self._needed(*self.encoders.values()):
+            condition = self._conditions(prompts, latents, count)
+            unconditional = {} if scale == 1.0 else self._unconditional(condition, negatives, latents, count)
 
         taken = self.steps if steps is None else steps
         schedule = noise_schedule(self.denoiser.scheduler_config)
@@ -195,7 +209,8 @@ class TextToImage:
         x = initial_noise(seed, 0, len(prompts) * count, (self.denoiser.sample_shape[0], *latents))
         changes = None
         if start is not None and self.encoder is not None:
-            changes = Changes(start, self.encoder(start.picture), x, schedule)
+            with self._needed(self.encoder):
+                changes = Changes(start, self.encoder(start.picture), x, schedule)
         if changes is not None:
             walk = changes.walk(walk)
             x = changes.begun(walk[0][0])
@@ -204,14 +219,16 @@ class TextToImage:
             sampler = solver_of(solver, schedule, walk, lambda step: later_noise(seed, step, len(x), x.shape[1:]))
         if sampler is not None and changes is None:
             x = np.asarray(sampler.begun(x), np.float32)
-        for (t, s), later in zip_longest(walk, walk[1:]):
-            if stop():
-                return np.empty((0, 3, *(side * self.decoder.factor for side in latents)), np.uint8)
-            prediction = follow(x, t)
-            x = schedule.step(prediction, x, t, s) if sampler is None else sampler.step(prediction, x, t)
-            x = np.asarray(x if changes is None else changes.kept(x, later and later[0]), np.float32)
-            advance(len(x))
-        return np.asarray(np.rint((self.decoder(x).clip(-1, 1) + 1) * 127.5), np.uint8)
+        with self._needed(self.denoiser):
+            for (t, s), later in zip_longest(walk, walk[1:]):
+                if stop():
+                    return np.empty((0, 3, *(side * self.decoder.factor for side in latents)), np.uint8)
+                prediction = follow(x, t)
+                x = schedule.step(prediction, x, t, s) if sampler is None else sampler.step(prediction, x, t)
+                x = np.asarray(x if changes is None else changes.kept(x, later and later[0]), np.float32)
+                advance(len(x))
+        with self._needed(self.decoder):
+            return np.asarray(np.rint((self.decoder(x).clip(-1, 1) + 1) * 127.5), np.uint8)
 
     @staticmethod
     def pil(pictures: Pictures) -> list[Any]:
@@ -227,6 +244,21 @@ class TextToImage:
         picture = (height * self.decoder.factor, width * self.decoder.factor)
         guidance = float(self.denoiser.scheduler_config.get(EMBEDDED_GUIDANCE, self.layout.guidance))
         return self.layout.conditions(self.encoders, prompt, Wanted(shapes, picture, guidance))
+
+    @contextmanager
+    def _needed(self, *parts: _Droppable) -> Iterator[None]:
+        """Where parts take memory in turn, free that of these at the block's end."""
+        try:
+            yield
+        finally:
+            for part in parts if self.in_turn else ():
+                part.drop()
+
+    def _check_unchanged(self) -> None:
+        """Raise ModelError where the folder, which is read again, is not the one that was loaded."""
+        folder = self.denoiser.folder
+        if read_manifest(folder) != self.denoiser.manifest:
+            raise ModelError(f"{folder / MANIFEST}: got another export than was loaded; allowed the same: load it anew")
 
     def _conditions(self, prompts: Sequence[str], latents: Size, count: int) -> Arrays:
         """The denoiser's conditions for `count` pictures of each prompt, by name."""
@@ -254,10 +286,9 @@ class TextToImage:
                 raise ModelError(f"image: got {_by(of_image)} pixels; allowed {_by(asked)}, the size that is asked for")
             found = (asked[0], asked[1])
         latents = (found[0] // factor, found[1] // factor)
-        if any(side % factor for side in found) or not self.denoiser.takes(latents):
-            free = self.denoiser.manifest.get("any_size", False)
-            own_pixels = _by([side * factor for side in own])
-            allowed = f"multiples of {factor * self.denoiser.multiple}" if free else f"{own_pixels}, the folder's own"
+        if any(side % factor for side in found) or not self.denoiser.sizes.take(latents):
+            sizes, own_pixels = self.denoiser.sizes, _by([side * factor for side in own])
+            allowed = f"multiples of {factor * sizes.multiple}" if sizes.free else f"{own_pixels}, the folder's own"
             raise ModelError(f"{'size' if of_image is None else 'image'}: got {_by(found)} pixels; allowed {allowed}")
         return latents
 

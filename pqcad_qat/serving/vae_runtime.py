@@ -7,6 +7,7 @@ Not here: the denoiser (runtime.py), how parts are made (part_export.py), or how
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pqcad_qat.models.families.family import factor_of
 from pqcad_qat.serving.compiled_graph import Requests, compile_graph, shared_core
 from pqcad_qat.serving.graph_checks import port_of
 from pqcad_qat.serving.manifest import CONFIG, GRAPH, PART_FOLDERS, VAE_ENCODER
+from pqcad_qat.serving.on_demand import OnDemand
 from pqcad_qat.serving.part_runtime import read_part, reshape_part
 from pqcad_qat.serving.per_size import PerSize, Size
 from pqcad_qat.serving.runtime import Float32
@@ -60,10 +62,13 @@ class PictureDecoder:
         self._channels, *size = sample_shape
         self.config, self.factor = _vae_config(self._part, self._channels)
         self._device, self._properties = device, properties
-        self._graph = read_part(self._part, {"latent_sample"})
         own = (size[0], size[1])
-        self._sizes = PerSize(self._compile, own)
-        self._sizes.at(own)
+        self._sizes = OnDemand(lambda: self._read(own))
+        self._sizes().at(own)
+
+    def drop(self) -> None:
+        """Free the memory of the graphs, which the next call reads and compiles again."""
+        self._sizes.drop()
 
     def __call__(self, latents: Float32) -> Float32:
         """Decode latents (N, C, h, w), as the denoiser returns them, to pictures (N, 3, H, W) in about [-1, 1].
@@ -71,15 +76,19 @@ class PictureDecoder:
         Raises:
             ModelError: the graph does not take latents of this size.
         """
-        scaled, requests = scaled_latents(self.config, latents), self._sizes.at(latents.shape[2:])
+        scaled, requests = scaled_latents(self.config, latents), self._sizes().at(latents.shape[2:])
         return np.concatenate(
             [requests.infer({"latent_sample": single}, [0])[0] for single in np.split(scaled, len(scaled))]
         )
 
-    def _compile(self, size: Size) -> Requests:
+    def _read(self, own: Size) -> PerSize[Requests]:
+        graph = read_part(self._part, {"latent_sample"})
+        return PerSize(partial(self._compile, graph), own)
+
+    def _compile(self, graph: ov.Model, size: Size) -> Requests:
         pictures = [1, 3, *(self.factor * side for side in size)]
-        graph = _sized(self._graph, self._part, (1, self._channels, *size), pictures)
-        return Requests(compile_graph(graph, shared_core(), self._device, self._properties))
+        of_size = _sized(graph, self._part, (1, self._channels, *size), pictures)
+        return Requests(compile_graph(of_size, shared_core(), self._device, self._properties))
 
 
 class PictureEncoder:
@@ -103,8 +112,12 @@ class PictureEncoder:
         self._config, self._factor = _vae_config(self._part, channels)
         self._channels = channels
         self._device, self._properties = device, properties
-        self._graph = read_part(self._part, {"sample"})
-        self._sizes = PerSize(self._compile)
+        self._sizes = OnDemand(self._read)
+        self._sizes()
+
+    def drop(self) -> None:
+        """Free the memory of the graphs, which the next call reads and compiles again."""
+        self._sizes.drop()
 
     def __call__(self, pictures: Float32) -> Float32:
         """Encode pictures (N, 3, H, W) in [-1, 1] to latents (N, C, h, w) as the denoiser takes them: the mean of those
@@ -113,14 +126,17 @@ class PictureEncoder:
         Raises:
             ModelError: the graph does not take pictures of this size.
         """
-        requests = self._sizes.at(pictures.shape[2:])
+        requests = self._sizes().at(pictures.shape[2:])
         found = [requests.infer({"sample": single}, [0])[0] for single in np.split(pictures, len(pictures))]
         return unscaled_latents(self._config, np.concatenate(found)[:, : self._channels])
 
-    def _compile(self, size: Size) -> Requests:
+    def _read(self) -> PerSize[Requests]:
+        return PerSize(partial(self._compile, read_part(self._part, {"sample"})))
+
+    def _compile(self, graph: ov.Model, size: Size) -> Requests:
         latents = [1, 2 * self._channels, *(side // self._factor for side in size)]
-        graph = _sized(self._graph, self._part, (1, 3, *size), latents)
-        return Requests(compile_graph(graph, shared_core(), self._device, self._properties))
+        of_size = _sized(graph, self._part, (1, 3, *size), latents)
+        return Requests(compile_graph(of_size, shared_core(), self._device, self._properties))
 
 
 def _sized(graph: ov.Model, part: Path, inputs: tuple[int, ...], outputs: list[int]) -> ov.Model:

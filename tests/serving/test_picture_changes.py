@@ -4,6 +4,9 @@ and stopping.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ from tiny_runs import SCHEDULER
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.families import latent_rows
 from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
-from pqcad_qat.serving.part_runtime import PassingEncoders
+from pqcad_qat.serving.on_demand import OnDemand
 from pqcad_qat.serving.picture_changes import Changes, beginning
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.serving.text_to_image import TextToImage
@@ -159,13 +162,37 @@ def test_flux_takes_sizes_of_whole_patches(tmp_path_factory: pytest.TempPathFact
             denoiser(rows, img_ids=wrong, **named)
 
 
-def test_text_encoders_may_be_dropped_after_each_prompt(where: DeployedPipeline, ours: TextToImage) -> None:
-    passing = TextToImage.from_pretrained(where.folder, properties=F32, keep_encoders=False)
-    assert isinstance(passing.encoders, PassingEncoders)
+def held(pipeline: TextToImage) -> set[str]:
+    """The parts of a pipeline that take memory now."""
+    parts = {**pipeline.encoders, "vae": pipeline.decoder, "vae_encoder": pipeline.encoder, "unet": pipeline.denoiser}
+    return {name for name, part in parts.items() for each in vars(part).values() if holds(each)}
+
+
+def holds(attribute: object) -> bool:
+    return isinstance(attribute, OnDemand) and attribute.held
+
+
+def test_parts_may_take_memory_in_turn(where: DeployedPipeline, ours: TextToImage) -> None:
+    in_turn = TextToImage.from_pretrained(where.folder, properties=F32, in_turn=True)
+    sampling: list[set[str]] = []
     for _ in range(2):
-        assert passing.encoders._held == {}
-        np.testing.assert_array_equal(passing("a cat", seed=2), ours("a cat", seed=2))
-    assert set(passing.encoders) == set(ours.encoders)
+        assert held(in_turn) == set()
+        found = in_turn("a cat", seed=2, image=IMAGE, advance=lambda _: sampling.append(held(in_turn)))
+        np.testing.assert_array_equal(found, ours("a cat", seed=2, image=IMAGE))
+    assert sampling
+    assert all(parts == {"unet"} for parts in sampling)
+    in_turn("a cat", stop=lambda: True)
+    assert held(in_turn) == set()
+    assert held(ours) == {*ours.encoders, "vae", "vae_encoder", "unet"}
+
+
+def test_a_folder_that_changed_is_not_read_again(where: DeployedPipeline, tmp_path: Path) -> None:
+    folder = Path(copytree(where.folder, tmp_path / "openvino"))
+    in_turn = TextToImage.from_pretrained(folder, properties=F32, in_turn=True)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"comment": "another export"}))
+    with pytest.raises(ModelError, match=r"got another export than was loaded; allowed the same: load it anew"):
+        in_turn("a cat")
 
 
 def test_it_stops_when_it_is_told_and_tells_each_step(ours: TextToImage) -> None:
