@@ -597,6 +597,7 @@ def test_benchmark_of_a_run_counts_whole_images_and_leaves_json_and_a_page(
     assert (tmp_path / "benchmark" / "benchmark.html").is_file()
 
 
+@pytest.mark.long
 def test_benchmark_of_an_architecture_under_a_smaller_instruction_set_says_so_in_its_json(
     command_line: CommandLine, tmp_path: Path
 ) -> None:

@@ -232,6 +232,7 @@ def test_only_the_cells_asked_for_are_run_and_the_table_has_all_that_are_finishe
         sweep(copied.study, copied.folder, "again", Console(quiet=True), only="w9*")
 
 
+@pytest.mark.long
 def test_cells_that_run_beside_each_other_are_those_that_run_in_turn(swept: Swept, tmp_path: Path) -> None:
     """One seed makes as many cells as there are processes. They are compared by their models, not by their images."""
     few = (f"evaluation.variants=[{FP32}, {PQ}]", "evaluation.images=2", "evaluation.features=none", "seeds=[0]")

@@ -29,7 +29,13 @@ F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 NEAR_DB = 30.0
 """Smallest PSNR in dB of predictions in INT8: values beside a rounding boundary fall to either side of it."""
 
-KINDS = ("stable-diffusion", "stable-diffusion-2", "stable-diffusion-xl", "stable-diffusion-3", "flux")
+KINDS = (
+    "stable-diffusion",
+    pytest.param("stable-diffusion-2", marks=pytest.mark.long),
+    "stable-diffusion-xl",
+    pytest.param("stable-diffusion-3", marks=pytest.mark.long),
+    "flux",
+)
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -176,6 +176,7 @@ def flags(model: Path, *more: str) -> list[str]:
     return [f"--set={override}" for override in tiny_overrides(model, *only, *more)]
 
 
+@pytest.mark.long
 def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_one_process_with_twice_the_batch(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -237,6 +238,7 @@ def second_process(parent: int) -> int:
     return ranks["1"]
 
 
+@pytest.mark.long
 def test_a_launched_pretraining_has_the_losses_and_gradients_of_one_process_with_twice_the_batch(
     tmp_path: Path,
 ) -> None:

@@ -14,6 +14,7 @@ import torch
 from tiny_runs import SUPPORT
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("triton") is None,

@@ -56,6 +56,7 @@ def test_nncf_makes_the_same_file_in_a_process_of_its_own(tiny_model: DiffusionM
     assert (one == two).all()
 
 
+@pytest.mark.long
 def test_the_setting_of_nncf_is_the_nearest_one_on_other_states(tiny_model: DiffusionModel, tmp_path: Path) -> None:
     """One setting quantized here again, and its error with numpy; the saved graph has the smallest error of all."""
     shape, way = tiny_model.sample_shape, latency_properties({})

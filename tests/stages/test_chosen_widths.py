@@ -123,7 +123,7 @@ def test_a_quality_is_reached_by_the_smallest_widths_that_were_measured_to_have_
     assert f"{choice.chosen.psnr:.1f} dB to full precision without training" in told
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layers_that_8_bits_cannot_serve_stay_in_float_and_are_listed(
     tiny_folder: Path, runs: Path, bounds: tuple[float, float]
 ) -> None:
@@ -150,7 +150,7 @@ def test_a_quality_out_of_reach_is_refused_with_the_best_that_was_measured(
     assert bounds[1] < float(str(error.value).split("at most ")[1].split()[0]) < 90
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_search_goes_on_with_what_was_measured(
     tiny_folder: Path, runs: Path, bounds: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +190,7 @@ def test_another_quality_asks_for_the_same_measurements_and_another_seed_for_oth
     assert names[0] == names[1] != names[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_widths_within_a_size_are_trained_and_told(
     tiny_folder: Path, runs: Path, bounds: tuple[float, float]
 ) -> None:

@@ -88,7 +88,7 @@ def test_a_student_of_every_class_samples_as_the_ddim_that_is_written_for_it(nam
     ("name", "keys"),
     [
         ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
-        ("DDPMScheduler", {"clip_sample": True, "variance_type": "fixed_large"}),
+        pytest.param("DDPMScheduler", {"clip_sample": True, "variance_type": "fixed_large"}, marks=pytest.mark.long),
     ],
 )
 def test_a_run_deploys_it_and_diffusers_pictures_are_ours(name: str, keys: dict[str, Any], tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def ended(path: Path, stage: str) -> StageEnd:
     return record.end
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_stages_of_a_run_train_at_the_rate_that_they_found(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -202,6 +202,7 @@ def run(model: Path, path: Path, *overrides: str, resume: bool = False) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_under_another_policy_ends_as_a_new_one_under_it_bit_for_bit(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

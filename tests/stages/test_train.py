@@ -144,6 +144,7 @@ def test_a_stage_that_training_makes_worse_returns_what_it_was_given(tiny_folder
     assert torch.equal(images[PQ], images[PTQ])
 
 
+@pytest.mark.long
 def test_stages_that_find_their_steps_end_and_the_control_takes_as_many(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +169,7 @@ def test_stages_that_find_their_steps_end_and_the_control_takes_as_many(
     assert "pq ended after 20 steps, because training.max_steps allows no more" in page
 
 
+@pytest.mark.long
 def test_a_run_of_low_rank_keeps_weights_that_differ_from_those_it_began_with_by_that_rank(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """Limits for every fuzz test: a correct answer or one clear error, within 10 seconds and 2 GB.
 
-The examples follow from a fixed seed. PQCAD_FUZZ_EXAMPLES is the number of examples of each test, 150 by default and
-more in `tox -e fuzz`. Not here: any test.
+The examples follow from a fixed seed. PQCAD_FUZZ_EXAMPLES is the number of examples of each test, 60 by default and
+more in `tox -e long` and `tox -e fuzz`. Not here: any test.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import FrameType
 
 from hypothesis import HealthCheck, settings
 
-EXAMPLES = int(os.environ.get("PQCAD_FUZZ_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("PQCAD_FUZZ_EXAMPLES", "60"))
 
 SECONDS, BYTES = 10, 2 * 10**9
 """Limits of an example: processor time in seconds, and additional memory in bytes."""

@@ -135,7 +135,9 @@ def test_a_stage_ends_by_itself_once_its_layers_are_at_their_targets_and_logs_th
     assert decay[-1] < 0.02 * 1e-3
 
 
-@pytest.mark.parametrize("phase", ["warm-up", "walk", "hold", "decay", "end"])
+@pytest.mark.parametrize(
+    "phase", ["walk", "decay", *(pytest.param(phase, marks=pytest.mark.long) for phase in ("warm-up", "hold", "end"))]
+)
 def test_a_stage_that_is_killed_in_any_phase_and_resumed_has_the_same_bits(phase: str, tmp_path: Path) -> None:
     whole, _ = stage(tmp_path / "whole")
     assert whole.ending is not None

@@ -89,6 +89,7 @@ def nearness(folder: Path, model: torch.nn.Module, shape: tuple[int, ...]) -> fl
     return float(10 * np.log10(np.square(np.ptp(theirs)) / error))
 
 
+@pytest.mark.long
 def test_only_the_stages_of_what_is_deployed_are_done_and_the_first_is_openvino(two: Path) -> None:
     assert {file.stem for file in (two / "stages").iterdir()} & {*TRAINED, "teacher"} == {FIXED_BIT}
     assert {path.name for path in two.glob("openvino*")} == {"openvino", f"openvino-{FIXED_BIT}"}
@@ -97,6 +98,7 @@ def test_only_the_stages_of_what_is_deployed_are_done_and_the_first_is_openvino(
     assert [(entry["variant"], entry["sampling_steps"]) for entry in found.values()] == [(PTQ, 4), (FIXED_BIT, 4)]
 
 
+@pytest.mark.long
 def test_each_deployed_variant_has_a_row_with_size_time_and_quality_and_a_proof(two: Path) -> None:
     found, report = rows(two), read_report(two)
     for name in (PTQ_OPENVINO, FIXED_BIT_OPENVINO):
@@ -117,6 +119,7 @@ def test_each_deployed_variant_has_a_row_with_size_time_and_quality_and_a_proof(
     assert NNCF_INT8 in page
 
 
+@pytest.mark.long
 def test_each_folder_computes_what_its_quantized_model_computes(two: Path) -> None:
     for name in ("", f"-{FIXED_BIT}"):
         model, _, steps = load_quantized(two / f"student{name}")
@@ -157,6 +160,7 @@ def test_the_student_is_exported_for_another_size_as_its_pytorch_folder_computes
         export(tiny_run.path, FolderAsked(size=(15, 24)), out=tmp_path / "odd", console=QUIETLY)
 
 
+@pytest.mark.long
 def test_what_is_exported_again_is_the_folder_that_the_run_has_left(two: Path, tmp_path: Path) -> None:
     """Ranges of `ptq` come from all states, also those of float steps, which no quantized model computes."""
     export(two, FolderAsked(PTQ), out=tmp_path / "again", console=QUIETLY)
@@ -165,6 +169,7 @@ def test_what_is_exported_again_is_the_folder_that_the_run_has_left(two: Path, t
     assert read_manifest(tmp_path / "again")["float_start"] == 999
 
 
+@pytest.mark.long
 def test_a_pytorch_folder_is_deployed_by_itself_as_its_run_would(two: Path, tmp_path: Path) -> None:
     """Attention has ranges of other states there, so its products are compared by what they give."""
     moved = tmp_path / "moved"
@@ -191,6 +196,7 @@ def test_a_student_that_learned_guidance_is_deployed_without_it_whatever_else_th
     assert (asked.export.batch_size, asked.features, asked.variants) == (2, None, policy.variants)
 
 
+@pytest.mark.long
 def test_what_a_run_has_not_made_is_not_exported(two: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=rf"--variant: got '{PQ}'; allowed what this run makes: {PTQ}, {FIXED_BIT}$"):
         export(two, FolderAsked(PQ), out=tmp_path / "out", console=QUIETLY)

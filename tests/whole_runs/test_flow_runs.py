@@ -52,7 +52,7 @@ AXES = 3
 SD3, FLUX = "w8a8-sd3", "w8a8-flux"
 
 
-@pytest.fixture(scope="module", params=[SD3, FLUX])
+@pytest.fixture(scope="module", params=[SD3, pytest.param(FLUX, marks=pytest.mark.long)])
 def flow_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ShippedRun:
     """Of SD3 guided in two passes; of Flux with the guidance that it is given as an input."""
     return shipped_run(request.param, tmp_path_factory)

@@ -133,6 +133,7 @@ def cut(request: pytest.FixtureRequest, chains: dict[str, Chain]) -> Chain:
     return chains[request.param]
 
 
+@pytest.mark.long
 def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_bits_of_one_left_alone(cut: Chain, whole: Chain) -> None:
     *endings, last = cut.endings
     assert last["code"] == 0, last["said"]
@@ -143,11 +144,13 @@ def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_bits_of_one_left_alo
     assert cut.left_over == []
 
 
+@pytest.mark.long
 def test_finished_stages_are_never_repeated(cut: Chain) -> None:
     for before, after in zip(cut.endings, cut.endings[1:], strict=False):
         assert {name: after["finished"][name] for name in before["finished"]} == before["finished"]
 
 
+@pytest.mark.long
 def test_training_goes_on_from_the_last_good_checkpoint(cut: Chain) -> None:
     pairs = list(zip(cut.endings, cut.endings[1:], strict=False))
     went_on = {before["stage"] for before, after in pairs if f"{before['stage']}: going on from step " in after["said"]}
@@ -159,6 +162,7 @@ def test_training_goes_on_from_the_last_good_checkpoint(cut: Chain) -> None:
         assert len([warning for warning in told if damaged in warning]) == 1
 
 
+@pytest.mark.long
 def test_transitions_and_logs_are_those_of_the_run_left_alone(cut: Chain, whole: Chain) -> None:
     resumed, alone = (
         json.loads((found.root / "run" / "stages" / f"{PQ}.json").read_text())["transitions"] for found in (cut, whole)
@@ -172,6 +176,7 @@ def test_transitions_and_logs_are_those_of_the_run_left_alone(cut: Chain, whole:
         assert rows == others, name
 
 
+@pytest.mark.long
 def test_the_whole_run_reports_itself_on_the_command_line(cut: Chain) -> None:
     last, folder = cut.endings[-1]["said"], cut.root / "run"
     assert PQCAD_OPENVINO in last
@@ -198,6 +203,7 @@ def check_ending(ending: Mapping[str, Any], root: Path) -> None:
         assert "what is finished is kept; --resume goes on from there" in said
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_run_goes_on_from_the_one_before(
     start_program: Callable[..., ForkedProgram], tiny_folder: Path, tmp_path: Path
 ) -> None:

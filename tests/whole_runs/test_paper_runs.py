@@ -36,6 +36,8 @@ from pqcad_qat.policy.variants import (
 from pqcad_qat.quality.feature_network import FeatureConfig, FeatureNetwork, save_features
 from pqcad_qat.timing.hardware import hardware
 
+pytestmark = pytest.mark.long
+
 PIXELS = FACTOR * SIDE
 TINY = (
     "sampler.steps=4",

@@ -361,7 +361,10 @@ def quiet(policy: Policy) -> Policy:
     return policy.model_copy(update={"training": training})
 
 
-@pytest.mark.parametrize(("schedule", "steps"), [("momentum", 5), ("fixed", 5), ("momentum", 1)])
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [("momentum", 5), *(pytest.param(*case, marks=pytest.mark.long) for case in (("fixed", 5), ("momentum", 1)))],
+)
 def test_a_deadline_at_the_very_end_still_ends_at_the_targets(tiny_run: FinishedRun, schedule: str, steps: int) -> None:
     policy = tiny_run.policy
     progressive = policy.progressive.model_copy(update={"deadline": 1.0, "schedule": schedule, "steps": steps})
@@ -434,6 +437,7 @@ def test_runs_side_by_side_share_the_images_of_full_precision(tiny_run: Finished
         assert torch.equal(one, other)
 
 
+@pytest.mark.long
 def test_runs_of_a_study_train_what_they_have_in_common_once(
     tiny_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,9 @@ test_text_runs.py).
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from typing import Any
+
 import pytest
 from tiny_runs import POLICIES, without_images
 from vnni_here import exact_or_excused
@@ -27,7 +30,12 @@ def test_every_policy_for_a_model_that_does_not_ship_is_run() -> None:
     }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+def but_for(names: Iterable[str], longer: Collection[str]) -> list[Any]:
+    """Parameters of which some are tried by `tox -e long` alone."""
+    return [pytest.param(name, marks=pytest.mark.long if name in longer else ()) for name in names]
+
+
+@pytest.mark.parametrize("name", but_for(LAYOUTS, ("w8a8-sdxl", "w8a8-flux", "w4a8-digits-classes")))
 def test_each_goes_through_training_distillation_export_and_proof(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -38,7 +46,10 @@ def test_each_goes_through_training_distillation_export_and_proof(
     assert {row["name"] for row in report["variants"]} >= {*whole.policy.variants} - {OV_BF16}
 
 
-@pytest.mark.parametrize("name", {layout: name for name, layout in reversed(LAYOUTS.items())}.values())
+ONE_OF_EACH = tuple({layout: name for name, layout in reversed(LAYOUTS.items())}.values())
+
+
+@pytest.mark.parametrize("name", but_for(ONE_OF_EACH, [name for name in ONE_OF_EACH if LAYOUTS[name] != "dit"]))
 def test_one_of_each_layout_trains_alone_to_the_same_weights(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

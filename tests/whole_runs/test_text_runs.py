@@ -86,6 +86,7 @@ def test_the_folder_of_a_run_holds_the_whole_pipeline_and_takes_prompts(made: Pa
     assert pipeline("a cat").shape == (1, 3, 16, 16)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_of_flux_ends_in_a_folder_that_takes_prompts_through_t5(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
