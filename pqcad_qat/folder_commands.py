@@ -253,6 +253,7 @@ def benchmark(
     isa: tuple[str, ...] = ("native",),
     runs: int = 100,
     throughput: bool = True,
+    peers: bool = False,
     policy: str = "w4a8",
     out: str = "benchmark",
 ) -> None:
@@ -266,17 +267,20 @@ def benchmark(
             its own.
         runs: number of timed calls of each candidate.
         throughput: also measure throughput with several calls at a time; --nothroughput leaves it out.
+        peers: beside NNCF's defaults, a row for each further setting of it, and one for optimum-intel's hybrid one.
         policy: policy file, or the name of one that ships; an architecture gets its quantization rules. Its model and
             its training do not matter.
         out: folder for benchmark.json and benchmark.html.
     """
+    from pqcad_qat.timing.baseline_trials import NNCF_SETTINGS
     from pqcad_qat.timing.hardware import INSTRUCTION_SETS
 
     sizes = [whole_number("batches", batch) for batch in several("batches", batches)]
     sets = one_of("isa", several("isa", isa), INSTRUCTION_SETS)
     whole_number("runs", runs)
-    if not isinstance(throughput, bool):
-        raise UsageError(f"--throughput: got {throughput!r}; allowed --throughput or --nothroughput")
+    for flag, value in (("throughput", throughput), ("peers", peers)):
+        if not isinstance(value, bool):
+            raise UsageError(f"--{flag}: got {value!r}; allowed --{flag} or --no{flag}")
     folder = output_folder(out)
     from pqcad_qat.commands.benchmark import measure_speed
     from pqcad_qat.report.benchmark_page import speed_tables, write_speed
@@ -286,6 +290,7 @@ def benchmark(
         policy_file(policy),
         sizes,
         sets,
+        nncf=NNCF_SETTINGS if peers else NNCF_SETTINGS[:1],
         runs=runs,
         throughput=throughput,
         command=command_line(),

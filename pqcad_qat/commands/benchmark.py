@@ -43,7 +43,7 @@ from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport
 from pqcad_qat.report.record import Hardware, Throughput
 from pqcad_qat.serving.compiled_graph import shared_core
 from pqcad_qat.serving.deployed_folder import MANIFEST, read_manifest
-from pqcad_qat.timing.baseline_trials import Inputs, reasons, try_out
+from pqcad_qat.timing.baseline_trials import NNCF_SETTINGS, Inputs, reasons, try_out
 from pqcad_qat.timing.hardware import CAPS, NATIVE, hardware, lacking
 from pqcad_qat.timing.latency import (
     F32,
@@ -77,6 +77,7 @@ def measure_speed(
     batches: Sequence[int],
     isas: Sequence[str],
     *,
+    nncf: Sequence[str] = NNCF_SETTINGS[:1],
     runs: int,
     throughput: bool,
     command: str,
@@ -89,6 +90,7 @@ def measure_speed(
         batches: batch sizes in images a call.
         isas: instruction sets from hardware.INSTRUCTION_SETS; those that the CPU lacks are left out, and the report
             says so.
+        nncf: settings of NNCF, each of which gets a row.
         runs: number of timed calls of every candidate, and of calls in all its bursts together.
         throughput: whether candidates are also timed with several simultaneous calls.
 
@@ -119,7 +121,7 @@ def measure_speed(
         measurements: list[Measurement] = []
         for batch in batches:
             tell(f"batch {batch}: making the baselines")
-            prepared = candidates(subject, batch, Path(temporary) / f"batch-{batch}")
+            prepared = candidates(subject, batch, Path(temporary) / f"batch-{batch}", nncf)
             bar.advance(task)
             for isa in timed:
                 tell(f"batch {batch}, {isa}: timing")

@@ -8,7 +8,7 @@ deployed folder's weights are read.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_config, read_manifest, scheduler_config
 from pqcad_qat.serving.float_steps import steps_in_float
 from pqcad_qat.stages.untrained_models import Configs, blueprint, noise_attention, quantized_untrained
-from pqcad_qat.timing.baseline_trials import XML_FILE, nncf_baseline, reasons, try_out
+from pqcad_qat.timing.baseline_trials import NNCF_SETTINGS, XML_FILE, nncf_baseline, reasons, try_out
 from pqcad_qat.timing.float_graph import convert_float, example_inputs
 from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import PRECISIONS, native, ways_of
@@ -164,13 +164,14 @@ def _deployed(source: str, folder: Path) -> Subject:
     )
 
 
-def candidates(subject: Subject, batch: int, folder: Path) -> Candidates:
+def candidates(subject: Subject, batch: int, folder: Path, settings: Sequence[str] = NNCF_SETTINGS[:1]) -> Candidates:
     """Collect our folder and the baselines, which are made for this batch size in `folder`.
 
-    The baselines are OpenVINO's conversion, as float32 and BF16, and NNCF's INT8 version of it.
+    The baselines are OpenVINO's conversion, as float32 and BF16, and NNCF's INT8 version of it in each of the settings.
     """
     shape, condition = subject.sample_shape, noise_condition(subject.conditions, batch)
-    float_xml, nncf_xml = (folder / kind / XML_FILE for kind in ("float", "nncf"))
+    float_xml = folder / "float" / XML_FILE
+    nncf = {_nncf_row(setting): (setting, folder / f"nncf-{place}") for place, setting in enumerate(settings)}
     convert_float(
         random_denoiser(subject.config, subject.source),
         shape,
@@ -183,12 +184,22 @@ def candidates(subject: Subject, batch: int, folder: Path) -> Candidates:
     inputs = [empty.inputs(seed) for seed in range(math.ceil(sum(CALIBRATION_BATCHES) / batch))]
     machine = hardware()
     timed = [name for name in PRECISIONS if native(name, machine)]
+    ways = ways_of(NNCF_INT8, machine)
     died = reasons(
         {name: partial(try_out, float_xml, inputs[0], ways_of(name, machine)) for name in timed}
-        | {NNCF_INT8: partial(nncf_baseline, float_xml, inputs, nncf_xml.parent, ways_of(NNCF_INT8, machine))}
+        | {
+            row: partial(nncf_baseline, float_xml, inputs, place, ways, settings=(setting,))
+            for row, (setting, place) in nncf.items()
+        }
     )
-    files = {**dict.fromkeys(PRECISIONS, float_xml), NNCF_INT8: nncf_xml, subject.ours: subject.folder}
+    graphs = {row: place / XML_FILE for row, (_, place) in nncf.items()}
+    files = {**dict.fromkeys(PRECISIONS, float_xml), **graphs, subject.ours: subject.folder}
     return replace(empty, files={name: file for name, file in files.items() if name not in died}, died=died)
+
+
+def _nncf_row(setting: str) -> str:
+    """Name of the row of NNCF in a setting."""
+    return NNCF_INT8 if setting == NNCF_SETTINGS[0] else f"{NNCF_INT8} {setting}"
 
 
 def _quantized(source: str, configs: Configs, quantization: QuantizationPolicy, folder: Path) -> Subject:

@@ -304,6 +304,11 @@ one calibration set and equal float steps share them.
 """
 
 
+def spec_of(row: str) -> VariantSpec:
+    """Return the variant of a row; rows of one variant in several settings are called NAME SETTING."""
+    return VARIANTS[row.partition(" ")[0]]
+
+
 def summary_of(name: str) -> str:
     """Return the summary of a variant; empty for a name that no run makes."""
     return VARIANTS[name].summary if name in VARIANTS else ""

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from rich import box
 
 from pqcad_qat.machine.files import write_file
-from pqcad_qat.policy.variants import REFERENCE, VARIANTS, summary_of
+from pqcad_qat.policy.variants import REFERENCE, spec_of
 from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.figures import largest_kinds, time_profile
@@ -222,7 +222,7 @@ def _candidates_table(
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*row, style="bold" if VARIANTS[row[0]].deploys else "")
+        table.add_row(*row, style="bold" if spec_of(row[0]).deploys else "")
     return table
 
 
@@ -254,7 +254,9 @@ def render(report: SpeedReport) -> str:
         report=report,
         loading=(LOADING, [loading_cells(load) for load in report.loading]),
         sections=[_section(report, index, measurement) for index, measurement in enumerate(report.measurements)],
-        variants={row.name: summary_of(row.name) for measurement in report.measurements for row in measurement.rows},
+        variants={
+            row.name: spec_of(row.name).summary for measurement in report.measurements for row in measurement.rows
+        },
         machine=machine_text(report.measurements[0].hardware),
         versions=report.measurements[0].hardware.versions,
         ours=report.ours,
@@ -329,7 +331,7 @@ def _bar(
     drawn: Canvas, axes: Axes, place: int, row: SpeedRow, *, spread: tuple[float, float, float], unit: str
 ) -> None:
     median, lower, upper = spread
-    colour = COLOURS["accent" if VARIANTS[row.name].deploys else "grey" if row.name == REFERENCE else "blue"]
+    colour = COLOURS["accent" if spec_of(row.name).deploys else "grey" if row.name == REFERENCE else "blue"]
     bars = axes.barh([place], [median], color=colour, height=0.66)
     drawn.tip(
         bars[0], f"{row.name}: {number_text(median)} {unit}, quartiles {number_text(lower)} to {number_text(upper)}"
@@ -346,4 +348,4 @@ def _profiles(measurement: Measurement) -> dict[str, tuple[ProfileRow, ...]]:
 
 
 def _ours(measurement: Measurement) -> SpeedRow | None:
-    return next((row for row in measurement.rows if VARIANTS[row.name].deploys), None)
+    return next((row for row in measurement.rows if spec_of(row.name).deploys), None)

@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 class SpeedRow:
     """One candidate at one batch size."""
 
-    name: str  # a key of policy.variants.VARIANTS
+    name: str  # of a variant, and its setting where there are several rows of one (policy.variants.spec_of)
     latency: Timing  # time of one denoiser call: one denoising step of the batch
     throughput: Throughput | None
     # bytes of all files of what was timed; for PyTorch, which has no files here, of its parameters as float32

@@ -19,8 +19,9 @@ from tiny_runs import POLICIES, SCHEDULER
 from pqcad_qat.commands.benchmark_subject import Subject, candidates, open_subject
 from pqcad_qat.errors import ModelError, PlanError, PolicyError
 from pqcad_qat.export.execution import execution_precision
-from pqcad_qat.policy.variants import NNCF_INT8, OV_BF16, OV_FP32, PQCAD_OPENVINO
+from pqcad_qat.policy.variants import NNCF_INT8, OV_BF16, OV_FP32, PQCAD_OPENVINO, spec_of
 from pqcad_qat.serving.deployed_folder import read_manifest
+from pqcad_qat.timing.baseline_trials import HYBRID
 from pqcad_qat.timing.latency import size_bytes
 
 POLICY = POLICIES / "w4a8.yaml"
@@ -98,6 +99,15 @@ def test_baselines_are_made_for_the_batch_and_of_the_same_architecture(architect
         model = ov.Core().read_model(made.files[name])
         assert [list(port.shape) for port in model.inputs] == [[3, 1, 8, 8], [3]]
     assert size_bytes(made.files[NNCF_INT8].with_suffix(".bin")) < size_bytes(made.files[OV_FP32].with_suffix(".bin"))
+
+
+def test_nncf_gets_a_row_in_each_setting_that_is_asked_for(architecture: Subject, tmp_path: Path) -> None:
+    made = candidates(architecture, 1, tmp_path, ("defaults", HYBRID))
+    hybrid = f"{NNCF_INT8} {HYBRID}"
+    assert {name for name in made.files if spec_of(name).name == NNCF_INT8} == {NNCF_INT8, hybrid}
+    operations = {name: ov.Core().read_model(made.files[name]).get_ordered_ops() for name in (NNCF_INT8, hybrid)}
+    quantizers = {name: sum(op.get_type_name() == "FakeQuantize" for op in found) for name, found in operations.items()}
+    assert quantizers[hybrid] < quantizers[NNCF_INT8]  # inputs of linear layers stay as they are
 
 
 FAULTS: dict[str, tuple[Any, str]] = {

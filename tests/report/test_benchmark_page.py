@@ -17,7 +17,7 @@ from benchmark_fixture import FULL, LOADED, OURS, record
 from report_fixture import fixture_report
 from rich.console import Console
 
-from pqcad_qat.policy.variants import OV_BF16, PQCAD_OPENVINO
+from pqcad_qat.policy.variants import NNCF_INT8, OV_BF16, PQCAD_OPENVINO, spec_of
 from pqcad_qat.report.benchmark_page import (
     HEADINGS,
     cells,
@@ -62,6 +62,13 @@ def test_an_image_takes_its_steps_and_shares_them_with_its_batch() -> None:
         "25.0",
         "25.0",
     )
+
+
+def test_a_row_of_nncf_in_another_setting_is_a_baseline_with_nncfs_words() -> None:
+    hybrid = replace(FULL, name=f"{NNCF_INT8} hybrid")
+    page = render(record(10, FULL, hybrid, OURS))
+    assert page.count("nncf-int8 hybrid") > 2
+    assert spec_of(hybrid.name).summary in page
 
 
 def test_halved_steps_show_in_the_ratio_of_an_image() -> None:
