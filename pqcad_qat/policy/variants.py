@@ -310,8 +310,8 @@ def spec_of(row: str) -> VariantSpec:
 
 
 def summary_of(name: str) -> str:
-    """Return the summary of a variant; empty for a name that no run makes."""
-    return VARIANTS[name].summary if name in VARIANTS else ""
+    """Return the summary of a row's variant; empty for a name that no run makes."""
+    return spec_of(name).summary if name.partition(" ")[0] in VARIANTS else ""
 
 
 def default_variants(deployed: Collection[str]) -> tuple[str, ...]:

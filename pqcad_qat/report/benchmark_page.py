@@ -254,9 +254,7 @@ def render(report: SpeedReport) -> str:
         report=report,
         loading=(LOADING, [loading_cells(load) for load in report.loading]),
         sections=[_section(report, index, measurement) for index, measurement in enumerate(report.measurements)],
-        variants={
-            row.name: spec_of(row.name).summary for measurement in report.measurements for row in measurement.rows
-        },
+        variants={row.name: summary_of(row.name) for measurement in report.measurements for row in measurement.rows},
         machine=machine_text(report.measurements[0].hardware),
         versions=report.measurements[0].hardware.versions,
         ours=report.ours,
