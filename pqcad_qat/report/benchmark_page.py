@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from rich import box
 
 from pqcad_qat.machine.files import write_file
-from pqcad_qat.policy.variants import REFERENCE, spec_of
+from pqcad_qat.policy.variants import REFERENCE, spec_of, summary_of
 from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.figures import largest_kinds, time_profile
