@@ -37,8 +37,8 @@ class PostTrainingPolicy(Section):
         description="gptq: the weights of an output make up for each other's rounding, by what their layer reads "
         "(GPTQ); learned: block by block it is learned which weights go up and which go down, by what the block "
         "returns (SignRound on blocks), in twice the time or more: level with gptq or ahead of it, far ahead with "
-        "4-bit inputs or 3-bit weights; nearest: each weight by itself, as always in layers of 2 bits or without a learned weight "
-        "scale",
+        "4-bit inputs or 3-bit weights; nearest: each weight by itself, as always in layers of 2 bits or without a "
+        "learned weight scale",
     )
     states: Count = Field(256, description="states of the calibration set that show what layers read and return")
     passes: Count = Field(
