@@ -581,6 +581,7 @@ def test_an_embedded_model_is_evaluated_with_the_features_of_its_data(call: Call
     assert json.loads(output)["fid_protocol"]["features"] == "embedded:digits"
 
 
+@pytest.mark.long
 def test_benchmark_of_a_run_counts_whole_images_and_leaves_json_and_a_page(
     call: Call, tiny_run: FinishedRun, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def test_baselines_are_made_for_the_batch_and_of_the_same_architecture(architect
     assert size_bytes(made.files[NNCF_INT8].with_suffix(".bin")) < size_bytes(made.files[OV_FP32].with_suffix(".bin"))
 
 
+@pytest.mark.long
 def test_nncf_gets_a_row_in_each_setting_that_is_asked_for(architecture: Subject, tmp_path: Path) -> None:
     made = candidates(architecture, 1, tmp_path, ("defaults", HYBRID))
     hybrid = f"{NNCF_INT8} {HYBRID}"

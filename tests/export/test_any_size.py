@@ -32,7 +32,7 @@ NEAR_DB = 30.0
 KINDS = (
     "stable-diffusion",
     pytest.param("stable-diffusion-2", marks=pytest.mark.long),
-    "stable-diffusion-xl",
+    pytest.param("stable-diffusion-xl", marks=pytest.mark.long),
     pytest.param("stable-diffusion-3", marks=pytest.mark.long),
     "flux",
 )

@@ -27,6 +27,7 @@ for entry in pkgutil.walk_packages(pqcad_qat.__path__, "pqcad_qat."):
 """A program in which the modules cannot be imported."""
 
 
+@pytest.mark.long
 def test_every_file_is_imported_without_the_modules_of_posix() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False

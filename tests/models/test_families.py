@@ -63,6 +63,7 @@ def sana(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DiffusionM
     sys.modules.pop(f"{folder.__name__}.sana")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_family_is_added_in_one_file_and_deployed_in_int8(sana: DiffusionModel, tmp_path: Path) -> None:
     x, t, condition = noise_inputs(sana, 2)

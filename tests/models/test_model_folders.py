@@ -359,6 +359,7 @@ def test_a_rectangle_of_a_transformer_survives_its_own_folder(tmp_path: Path) ->
     assert (again.sample_shape, again.digest) == ((4, 8, 12), model.digest)
 
 
+@pytest.mark.long
 def test_a_rectangle_is_deployed_with_the_integers_of_pytorch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     unet = UNet2DModel(

@@ -162,6 +162,7 @@ class Everything(Network):
         return self.narrow(F.silu(h)) + self.line(h.flatten(2)).view(h.shape)  # type: ignore[no-any-return]
 
 
+@pytest.mark.long
 def test_a_run_ends_as_its_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
     few = ("progressive.steps=2", "distillation.steps=2", *QUIET)

@@ -181,6 +181,7 @@ assert "another" in figure_chart(comparison.parts[0])
 """A program that reads the table with a row more, and makes a run of it."""
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_row_more_is_in_the_schema_in_a_run_and_in_its_report_and_charts(tiny_folder: Path, tmp_path: Path) -> None:
     few = ("progressive.steps=2", "evaluation.images=2", "evaluation.features=none", *QUIET)

@@ -44,6 +44,7 @@ from pqcad_qat.timing.latency import F32, latency_properties
 WHY = "its process died of SIGSEGV (Segmentation fault)"
 
 
+@pytest.mark.long
 def test_nncf_makes_the_same_file_in_a_process_of_its_own(tiny_model: DiffusionModel, tmp_path: Path) -> None:
     shape = tiny_model.sample_shape
     plain = convert_float(tiny_model.denoiser, shape, 2, tmp_path / "float", times=1000)

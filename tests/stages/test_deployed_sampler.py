@@ -84,11 +84,12 @@ def test_a_student_of_every_class_samples_as_the_ddim_that_is_written_for_it(nam
     np.testing.assert_allclose(theirs, our_pictures(unet, student), atol=5e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
         ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
-        pytest.param("DDPMScheduler", {"clip_sample": True, "variance_type": "fixed_large"}, marks=pytest.mark.long),
+        ("DDPMScheduler", {"clip_sample": True, "variance_type": "fixed_large"}),
     ],
 )
 def test_a_run_deploys_it_and_diffusers_pictures_are_ours(name: str, keys: dict[str, Any], tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def test_an_image_takes_the_time_of_both_kinds_of_step(ended: Ended) -> None:
     assert in_int8 > 1
 
 
+@pytest.mark.long
 def test_a_benchmark_of_the_folder_counts_its_float_steps_and_times_their_graph(ended: Ended, tmp_path: Path) -> None:
     row = ended.rows[PQCAD_OPENVINO]
     subject = open_subject(str(ended.path), Path("unread"), tmp_path)

@@ -128,6 +128,7 @@ def run(model: Path, path: Path, *overrides: str) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.long
 def test_a_stage_that_training_makes_worse_returns_what_it_was_given(tiny_folder: Path, tmp_path: Path) -> None:
     harmful = ("training.learning_rate=0.002", "progressive.steps=5")
     with without_page():

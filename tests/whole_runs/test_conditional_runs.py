@@ -178,7 +178,7 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> ShippedRun:
     return shipped_run("w4a8-sd15", tmp_path_factory)
 
 
-@pytest.mark.parametrize(("run_of", "passes"), [("dit_run", 2), ("text_run", 1)])
+@pytest.mark.parametrize(("run_of", "passes"), [("dit_run", 2), pytest.param("text_run", 1, marks=pytest.mark.long)])
 def test_a_run_of_latents_ends_in_a_report_of_what_can_be_said(
     run_of: str, passes: int, request: pytest.FixtureRequest
 ) -> None:
@@ -205,6 +205,7 @@ def test_a_run_of_latents_ends_in_a_report_of_what_can_be_said(
     assert not [target for target in report["targets"] if "Frechet" in target["name"]]
 
 
+@pytest.mark.long
 def test_the_set_of_a_guided_run_holds_both_passes(text_run: ShippedRun) -> None:
     model, found = load_model(str(text_run.source)), read_calibration(text_run.path / "calibration")
     unconditional = {
@@ -226,7 +227,7 @@ def test_the_set_of_a_guided_run_holds_both_passes(text_run: ShippedRun) -> None
     ] * 4
 
 
-@pytest.mark.parametrize(("run_of", "scale"), [("dit_run", 3.0), ("text_run", 1.0)])
+@pytest.mark.parametrize(("run_of", "scale"), [("dit_run", 3.0), pytest.param("text_run", 1.0, marks=pytest.mark.long)])
 def test_a_folder_is_sampled_as_it_was_distilled(run_of: str, scale: float, request: pytest.FixtureRequest) -> None:
     found: ShippedRun = request.getfixturevalue(run_of)
     path = found.path

@@ -147,6 +147,7 @@ def test_a_trained_variant_is_exported_later_packed_and_in_another_batch(tiny_ru
     assert np.abs(packed - plain).max() <= 1e-5 * np.abs(plain).max()
 
 
+@pytest.mark.long
 def test_the_student_is_exported_for_another_size_as_its_pytorch_folder_computes_there(
     tiny_run: FinishedRun, tmp_path: Path
 ) -> None:

@@ -46,13 +46,15 @@ pytest.importorskip("transformers")
 from shipped_runs import GUIDANCE, ShippedRun, shipped_run
 from text_pipelines import POOLED, T5_TOKENS, TEXT_TOKENS, WIDTH
 
+pytestmark = pytest.mark.long
+
 AXES = 3
 """Number of axes of a place in Flux: a time that is not used, a row and a column."""
 
 SD3, FLUX = "w8a8-sd3", "w8a8-flux"
 
 
-@pytest.fixture(scope="module", params=[SD3, pytest.param(FLUX, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[SD3, FLUX])
 def flow_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ShippedRun:
     """Of SD3 guided in two passes; of Flux with the guidance that it is given as an input."""
     return shipped_run(request.param, tmp_path_factory)

@@ -270,6 +270,7 @@ def test_any_other_fault_of_the_machine_keeps_its_traceback(monkeypatch: pytest.
         cli.main(["schema"])
 
 
+@pytest.mark.long
 def test_ctrl_c_after_a_benchmark_is_no_segmentation_fault(tmp_path: Path) -> None:
     """Compiled graphs that go in the order in which they came leave a stack for signals behind; see shared_core."""
     script = (
