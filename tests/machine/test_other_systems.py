@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from tiny_runs import REPOSITORY, environment
 
 PROGRAM = """
