@@ -150,7 +150,7 @@ def test_a_quality_out_of_reach_is_refused_with_the_best_that_was_measured(
     assert bounds[1] < float(str(error.value).split("at most ")[1].split()[0]) < 90
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_with_what_was_measured(
     tiny_folder: Path, runs: Path, bounds: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
