@@ -124,7 +124,7 @@ def check_denoiser_config(config: Mapping[str, Any], manifest: Mapping[str, Any]
     _check(
         path, config, "_class_name", lambda value: isinstance(value, str), allowed="the name of the denoiser's class"
     )
-    allowed = {channels * family.channel_factor for family in families().values()} | {channels}
+    allowed = [channels, *(channels * family.channel_factor for family in families().values())]
     _check(
         path,
         config,
