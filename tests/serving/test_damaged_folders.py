@@ -172,7 +172,7 @@ def test_the_list_of_files_is_checked(folder: Path, name: str, entry: Any, messa
             {"in_channels": 3},
             "unet/config.json: in_channels: got 3; allowed 4, as sample_shape in the manifest",
         ),
-        ({"in_channels": []}, r"unet/config.json: in_channels: got \[\]; allowed 4, as sample_shape in the manifest"),
+        ("unet/config.json", {"in_channels": []}, r"in_channels: got \[\]; allowed 4, as sample_shape in the manifest"),
         (
             "unet/config.json",
             {"sample_size": "big"},
