@@ -170,8 +170,9 @@ def candidates(subject: Subject, batch: int, folder: Path, settings: Sequence[st
     The baselines are OpenVINO's conversion, as float32 and BF16, and NNCF's INT8 version of it in each of the settings.
     """
     shape, condition = subject.sample_shape, noise_condition(subject.conditions, batch)
-    float_xml = folder / "float" / XML_FILE
-    nncf = {_nncf_row(setting): (setting, folder / f"nncf-{place}") for place, setting in enumerate(settings)}
+    rows = {_nncf_row(setting): setting for setting in settings}
+    float_xml, *nncf_xmls = (folder / kind / XML_FILE for kind in ("float", *rows))
+    nncf = dict(zip(rows, nncf_xmls, strict=True))
     convert_float(
         random_denoiser(subject.config, subject.source),
         shape,
@@ -188,12 +189,11 @@ def candidates(subject: Subject, batch: int, folder: Path, settings: Sequence[st
     died = reasons(
         {name: partial(try_out, float_xml, inputs[0], ways_of(name, machine)) for name in timed}
         | {
-            row: partial(nncf_baseline, float_xml, inputs, place, ways, settings=(setting,))
-            for row, (setting, place) in nncf.items()
+            row: partial(nncf_baseline, float_xml, inputs, xml.parent, ways, settings=(rows[row],))
+            for row, xml in nncf.items()
         }
     )
-    graphs = {row: place / XML_FILE for row, (_, place) in nncf.items()}
-    files = {**dict.fromkeys(PRECISIONS, float_xml), **graphs, subject.ours: subject.folder}
+    files = {**dict.fromkeys(PRECISIONS, float_xml), **nncf, subject.ours: subject.folder}
     return replace(empty, files={name: file for name, file in files.items() if name not in died}, died=died)
 
 

@@ -84,7 +84,7 @@ class CompiledSizes:
             in_float: whether full precision computes some steps.
             sizes: the sizes that the folder takes.
         """
-        self._folder, self._manifest, self._takes = folder, manifest, sizes
+        self._folder, self._manifest, self._sizes = folder, manifest, sizes
         self._device, self._properties, self._core = device, properties, shared_core()
         self._graph = graph_on_disk(folder, self._core)
         self._full = float_graph_on_disk(folder, manifest, self._core) if in_float else None
@@ -95,7 +95,7 @@ class CompiledSizes:
     @property
     def own(self) -> CompiledDenoiser:
         """The denoiser for the folder's own size."""
-        return self._made.at(self._takes.own)
+        return self._made.at(self._sizes.own)
 
     def at(self, shape: Sequence[int]) -> CompiledDenoiser:
         """The denoiser for samples of this shape (B, C, H, W).
@@ -104,10 +104,10 @@ class CompiledSizes:
             ModelError: the folder has no such samples, or OpenVINO cannot compile for them.
         """
         fits = len(shape) == 4 and shape[1] == self._channels and shape[0] > 0
-        if not fits or not self._takes.take((shape[2], shape[3])):
-            free = self._takes.free
-            sides = f"H and W multiples of {self._takes.multiple}" if free else ""
-            height, width = ("H", "W") if free else self._takes.own
+        if not fits or not self._sizes.take((shape[2], shape[3])):
+            free = self._sizes.free
+            sides = f"H and W multiples of {self._sizes.multiple}" if free else ""
+            height, width = ("H", "W") if free else self._sizes.own
             allowed = f"(B, {self._channels}, {height}, {width}){f' with {sides}' if sides else ''}"
             raise ModelError(f"{self._folder}: samples: got shape {tuple(shape)}; allowed {allowed}")
         return self._made.at((shape[2], shape[3]))
@@ -130,7 +130,7 @@ class CompiledSizes:
 
     def _sized(self, graph: ov.Model, manifest: Mapping[str, Any]) -> ov.Model:
         """The graph, or a copy for this manifest's size, after its check."""
-        if self._takes.free:
+        if self._sizes.free:
             graph = sized(graph.clone(), manifest, self._folder / manifest["graph"])
         check_graph(graph, manifest, self._folder)
         return graph

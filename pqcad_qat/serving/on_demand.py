@@ -15,10 +15,11 @@ Made = TypeVar("Made")
 class OnDemand(Generic[Made]):
     """The result of `make`; any number of threads may ask for it and drop it."""
 
-    def __init__(self, make: Callable[[], Made]) -> None:
+    def __init__(self, make: Callable[[], Made], first: Made | None = None) -> None:
+        """Take what makes the result, and the first one where it is made already."""
         self._make = make
         self._lock = threading.Lock()
-        self._held: Made | None = None
+        self._held = first
 
     @property
     def held(self) -> bool:

@@ -57,7 +57,7 @@ class PromptEncoder:
         """
         self._part, self._device, self._properties = folder / part, device, properties
         self.config = read_json(self._part / CONFIG)
-        graph = read_part(self._part, {"input_ids"})
+        graph = self._read()
         self.outputs = tuple(name for port in graph.outputs for name in port.get_names())
         self.layers = sum(name.startswith("hidden_states.") for name in self.outputs) - 1
         sizes, _ = port_of(graph.input("input_ids"))
@@ -68,11 +68,12 @@ class PromptEncoder:
         self.tokens: int = sizes[1]
         self.masked = len(graph.inputs) > 1
         self._tokenizer = _tokenizer(folder / tokenizer_of(part), self.tokens)
-        self._requests = OnDemand(self._compile)
-        self._requests()
+        self._requests = OnDemand(lambda: self._compile(self._read()), self._compile(graph))
 
-    def _compile(self) -> Requests:
-        graph = read_part(self._part, {"input_ids"})
+    def _read(self) -> ov.Model:
+        return read_part(self._part, {"input_ids"})
+
+    def _compile(self, graph: ov.Model) -> Requests:
         reshape_part(graph, (1, self.tokens), self._part)
         return Requests(compile_graph(graph, shared_core(), self._device, self._properties))
 

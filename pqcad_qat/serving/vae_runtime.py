@@ -6,6 +6,7 @@ Not here: the denoiser (runtime.py), how parts are made (part_export.py), or how
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -32,8 +33,47 @@ CHANNEL_SCALES = ("latents_mean", "latents_std")
 """Keys of a VAE's config with a mean and a deviation for each channel of the latents."""
 
 
-class PictureDecoder:
-    """The VAE's decoder, compiled for one picture at a time; any number of threads may call it.
+class _SizedPart(ABC):
+    """A part of the VAE, compiled for one picture of each size that comes; any number of threads may call it."""
+
+    def __init__(
+        self, part: Path, port: str, device: str, properties: Mapping[str, Any] | None, *, own: Size | None = None
+    ) -> None:
+        """Read the part's graph, whose input is `port`; what is compiled for the size `own` is always kept."""
+        self._part, self._port, self._own = part, port, own
+        self._device, self._properties = device, properties
+        self._sizes = OnDemand(self._read)
+        self._sizes()
+
+    def drop(self) -> None:
+        """Free the memory of the graphs, which the next call reads and compiles again."""
+        self._sizes.drop()
+
+    @abstractmethod
+    def _shapes(self, size: Size) -> tuple[list[int], list[int]]:
+        """Shapes of the input, whose height and width are `size`, and of the output."""
+
+    def _results(self, rows: Float32) -> Float32:
+        """What the graph gives for each of the rows (N, ...)."""
+        requests = self._sizes().at(rows.shape[2:])
+        return np.concatenate([requests.infer({self._port: single}, [0])[0] for single in np.split(rows, len(rows))])
+
+    def _read(self) -> PerSize[Requests]:
+        return PerSize(partial(self._compile, read_part(self._part, {self._port})), self._own)
+
+    def _compile(self, graph: ov.Model, size: Size) -> Requests:
+        copy, (inputs, outputs) = graph.clone(), self._shapes(size)
+        reshape_part(copy, tuple(inputs), self._part)
+        allowed = (outputs, "float32")
+        if (output := port_of(copy.outputs[0])) != allowed:
+            raise ModelError(
+                f"{self._part / GRAPH}: got the output {output}; allowed {allowed}, of the input {tuple(inputs)}"
+            )
+        return Requests(compile_graph(copy, shared_core(), self._device, self._properties))
+
+
+class PictureDecoder(_SizedPart):
+    """The VAE's decoder.
 
     Attributes:
         config: diffusers' config of the VAE.
@@ -58,17 +98,12 @@ class PictureDecoder:
         Raises:
             ModelError: the files cannot be read, or do not decode latents of this shape.
         """
-        self._part = folder / PART_FOLDERS["vae"]
+        part = folder / PART_FOLDERS["vae"]
         self._channels, *size = sample_shape
-        self.config, self.factor = _vae_config(self._part, self._channels)
-        self._device, self._properties = device, properties
+        self.config, self.factor = _vae_config(part, self._channels)
         own = (size[0], size[1])
-        self._sizes = OnDemand(lambda: self._read(own))
+        super().__init__(part, "latent_sample", device, properties, own=own)
         self._sizes().at(own)
-
-    def drop(self) -> None:
-        """Free the memory of the graphs, which the next call reads and compiles again."""
-        self._sizes.drop()
 
     def __call__(self, latents: Float32) -> Float32:
         """Decode latents (N, C, h, w), as the denoiser returns them, to pictures (N, 3, H, W) in about [-1, 1].
@@ -76,23 +111,14 @@ class PictureDecoder:
         Raises:
             ModelError: the graph does not take latents of this size.
         """
-        scaled, requests = scaled_latents(self.config, latents), self._sizes().at(latents.shape[2:])
-        return np.concatenate(
-            [requests.infer({"latent_sample": single}, [0])[0] for single in np.split(scaled, len(scaled))]
-        )
+        return self._results(scaled_latents(self.config, latents))
 
-    def _read(self, own: Size) -> PerSize[Requests]:
-        graph = read_part(self._part, {"latent_sample"})
-        return PerSize(partial(self._compile, graph), own)
-
-    def _compile(self, graph: ov.Model, size: Size) -> Requests:
-        pictures = [1, 3, *(self.factor * side for side in size)]
-        of_size = _sized(graph, self._part, (1, self._channels, *size), pictures)
-        return Requests(compile_graph(of_size, shared_core(), self._device, self._properties))
+    def _shapes(self, size: Size) -> tuple[list[int], list[int]]:
+        return [1, self._channels, *size], [1, 3, *(self.factor * side for side in size)]
 
 
-class PictureEncoder:
-    """The VAE's encoder, compiled for one picture at a time; any number of threads may call it."""
+class PictureEncoder(_SizedPart):
+    """The VAE's encoder."""
 
     def __init__(
         self, folder: Path, channels: int, device: str = "CPU", properties: Mapping[str, Any] | None = None
@@ -108,16 +134,10 @@ class PictureEncoder:
         Raises:
             ModelError: the config cannot be read.
         """
-        self._part = folder / VAE_ENCODER
-        self._config, self._factor = _vae_config(self._part, channels)
+        part = folder / VAE_ENCODER
         self._channels = channels
-        self._device, self._properties = device, properties
-        self._sizes = OnDemand(self._read)
-        self._sizes()
-
-    def drop(self) -> None:
-        """Free the memory of the graphs, which the next call reads and compiles again."""
-        self._sizes.drop()
+        self._config, self._factor = _vae_config(part, channels)
+        super().__init__(part, "sample", device, properties)
 
     def __call__(self, pictures: Float32) -> Float32:
         """Encode pictures (N, 3, H, W) in [-1, 1] to latents (N, C, h, w) as the denoiser takes them: the mean of those
@@ -126,30 +146,10 @@ class PictureEncoder:
         Raises:
             ModelError: the graph does not take pictures of this size.
         """
-        requests = self._sizes().at(pictures.shape[2:])
-        found = [requests.infer({"sample": single}, [0])[0] for single in np.split(pictures, len(pictures))]
-        return unscaled_latents(self._config, np.concatenate(found)[:, : self._channels])
+        return unscaled_latents(self._config, self._results(pictures)[:, : self._channels])
 
-    def _read(self) -> PerSize[Requests]:
-        return PerSize(partial(self._compile, read_part(self._part, {"sample"})))
-
-    def _compile(self, graph: ov.Model, size: Size) -> Requests:
-        latents = [1, 2 * self._channels, *(side // self._factor for side in size)]
-        of_size = _sized(graph, self._part, (1, 3, *size), latents)
-        return Requests(compile_graph(of_size, shared_core(), self._device, self._properties))
-
-
-def _sized(graph: ov.Model, part: Path, inputs: tuple[int, ...], outputs: list[int]) -> ov.Model:
-    """A copy of a part's graph for inputs of this shape.
-
-    Raises:
-        ModelError: it does not take them, or its output has another shape than `outputs`.
-    """
-    copy, allowed = graph.clone(), (outputs, "float32")
-    reshape_part(copy, inputs, part)
-    if (output := port_of(copy.outputs[0])) != allowed:
-        raise ModelError(f"{part / GRAPH}: got the output {output}; allowed {allowed}, of the input {inputs}")
-    return copy
+    def _shapes(self, size: Size) -> tuple[list[int], list[int]]:
+        return [1, 3, *size], [1, 2 * self._channels, *(side // self._factor for side in size)]
 
 
 def _vae_config(part: Path, channels: int) -> tuple[dict[str, Any], int]:
