@@ -31,7 +31,7 @@ from pqcad_qat.stages.chosen_widths import choose_widths, warn_of_lost_quality
 from pqcad_qat.stages.deploy import benchmark, export
 from pqcad_qat.stages.disk_use import room_warning, stage_bytes
 from pqcad_qat.stages.float_steps import choose_float_steps
-from pqcad_qat.stages.measure import evaluate, report, sample
+from pqcad_qat.stages.measure import evaluate, report
 from pqcad_qat.stages.open_run import holds_run, open_run
 from pqcad_qat.stages.post_train import post_train
 from pqcad_qat.stages.prepared import SHARED, Prepared, notes_on, prepare, with_own_model
@@ -42,6 +42,7 @@ from pqcad_qat.stages.step_costs import measure_step_costs
 from pqcad_qat.stages.time_estimate import estimated_seconds, measured_pace
 from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive, teach
 from pqcad_qat.stages.trained_models import TrainedModels
+from pqcad_qat.stages.variant_images import sample
 from pqcad_qat.training.metrics_log import log_texts
 from pqcad_qat.training.trackers import check_trackers
 from pqcad_qat.training.trainer import new_accelerator
@@ -183,7 +184,15 @@ def _all_stages(
         make_baselines(policy, prepared, run, console, calibration=recorded)
     if "benchmark" in stages:
         benchmark(policy, prepared, run, console)
-    sample(policy, prepared, run, console, models=models, shares_training=shares_training)
+    sample(
+        policy,
+        prepared,
+        run,
+        console,
+        calibration=calibration,
+        models=models,
+        shares_training=shares_training,
+    )
     evaluate(policy, prepared, run, console)
     return report(policy, prepared, run, command)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,17 +21,23 @@ Rows = Mapping[str, Tensor]
 """Tensors by name that agree in the size of their first dimension."""
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file as a whole or not at all, and flush it to the disk.
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, with notes as its metadata, as a whole or not at all, and flush it to the disk.
 
     Raises:
         DiskError: the disk refuses it.
     """
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     with whole_file(path, sum(value.nbytes for value in contiguous.values())) as draft:
-        save_file(contiguous, draft)
+        save_file(contiguous, draft, dict(notes or {}))
         with draft.open("rb") as file:
             os.fsync(file.fileno())
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """The notes that `save_tensors` has put into a file."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def gathered(folder: Path | None, rows: int, batches: Callable[[int], Iterable[Rows]], work: str) -> dict[str, Tensor]:

@@ -89,6 +89,9 @@ SIMULATED: Final = "PyTorch, simulated"
 OPENVINO: Final = "OpenVINO"
 """Names of the runtimes that compute variants."""
 
+IN_INT8: Final = "OpenVINO INT8"
+"""What computed the images of a simulated variant that sampled from an INT8 graph of its own."""
+
 
 @dataclass(frozen=True)
 class VariantSpec:

@@ -116,7 +116,7 @@ class VariantRow:
     """One row of the result; a number that was not measured is None, never 0."""
 
     name: str  # a key of policy.variants.VARIANTS
-    runtime: str  # runtime of the variant in policy.variants.VARIANTS
+    runtime: str  # what computed its images: the variant's in policy.variants.VARIANTS, or IN_INT8
     weight_bits: float | None  # bits; mean over planned layers by parameters, or the single width
     activation_bits: float | None
     steps: int  # number of sampling steps of one image

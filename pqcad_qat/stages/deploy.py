@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -25,20 +23,18 @@ from pqcad_qat.export.proof import layer_parity
 from pqcad_qat.export.traceable_modules import needs_vnni
 from pqcad_qat.machine.files import room_for, write_file
 from pqcad_qat.machine.progress import working
-from pqcad_qat.models.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import DEPLOYED, FLOAT_STEPS, OPENVINO, REFERENCE, VARIANTS, exporting
-from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
+from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.quantization.student_folder import POLICY as OWN_POLICY
 from pqcad_qat.quantization.student_folder import save_quantized
 from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS, StepsInFloat
-from pqcad_qat.sampling.schedulers import STEPS
-from pqcad_qat.sampling.trajectory import written_out
-from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, copy_folder
+from pqcad_qat.serving.deployed_folder import copy_folder
 from pqcad_qat.stages.baselines import example_of, openvino_files
+from pqcad_qat.stages.export_request import denoiser_request, scheduler_of
 from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared
 from pqcad_qat.stages.proofs import at_any_size, integer_parity, whole_proofs
 from pqcad_qat.stages.run_folder import RunFolder
@@ -152,15 +148,6 @@ def write_proven(
         )
 
 
-def _scheduler(policy: Policy, prepared: Prepared, name: str) -> dict[str, Any]:
-    """Scheduler config of a variant: its noise schedule written out, its sampling steps and its guidance."""
-    return {
-        **written_out(prepared.model.scheduler_config, prepared.sampled_by(policy, name)),
-        STEPS: policy.sampling_steps(name),
-        **_guidance(policy, prepared, name),
-    }
-
-
 def _save_in_pytorch(
     policy: Policy,
     prepared: Prepared,
@@ -178,7 +165,7 @@ def _save_in_pytorch(
             models.of(name),
             models.plan_of(name),
             policy.quantization.split_shortcuts,
-            scheduler_config=_scheduler(policy, prepared, name),
+            scheduler_config=scheduler_of(policy, prepared, name),
             steps=policy.sampling_steps(name),
             full=None if in_float.start == NO_FLOAT_STEPS else prepared.model.denoiser,
             in_float=in_float,
@@ -199,56 +186,13 @@ def _export_request(
     in_float: StepsInFloat,
 ) -> ExportRequest:
     """Everything that an OpenVINO folder of a variant's model is made from."""
-    full = prepared.model
-    layers = integer_layers(model)
-    conditions = exported_inputs(full.condition_inputs, prepared.conditions)
-    walk = prepared.sampled_by(policy, name).walk(policy.sampling_steps(name))
-    return ExportRequest(
-        model=model,
-        scheduler_config=_scheduler(policy, prepared, name),
-        layers=layers,
-        sample_shape=full.sample_shape,
-        batch_size=policy.export.batch_size,
-        provenance=_provenance(policy, prepared, name),
-        conditions=conditions,
-        # float steps are not among the calibration set's times, and the graph of float steps knows times too
-        visited=(*calibration.timesteps, *(t for t, _ in walk)),
+    request = denoiser_request(policy, prepared, name=name, model=model, calibration=calibration)
+    return replace(
+        request,
         attention=_attention(policy, console, calibration, model),
-        pipeline_parts=_parts_to_deploy(prepared, calibration, conditions),
-        full=None if in_float.start == NO_FLOAT_STEPS else full.denoiser,
+        pipeline_parts=_parts_to_deploy(prepared, calibration, request.conditions),
+        full=None if in_float.start == NO_FLOAT_STEPS else prepared.model.denoiser,
         in_float=in_float,
-    )
-
-
-def _provenance(policy: Policy, prepared: Prepared, name: str) -> dict[str, Any]:
-    """Origin of the deployed model, as its manifest states it."""
-    return {
-        "policy": policy.name,
-        "variant": name,
-        "model": prepared.model.source,
-        "model_digest": prepared.model.digest,
-        "sampler": prepared.schedule.sampler,
-        "sampling_steps": policy.sampling_steps(name),
-        "full_precision_steps": policy.sampler.steps,
-        "training_seed": policy.training.seed,
-        **_guidance(policy, prepared, name),
-    }
-
-
-def _guidance(policy: Policy, prepared: Prepared, name: str) -> dict[str, Any]:
-    """Settings for sampling a variant of a conditional model: its guidance scale, and the label of the unconditional
-    pass if there is one.
-
-    If the denoiser also takes guidance as an input and every condition has the same value, that value is included.
-    """
-    if not prepared.conditions.choices:
-        return {}
-    scale, null = policy.guidance_scale(name), prepared.conditions.null_class
-    embedded = {round(value, 4) for value in prepared.conditions.choices.get("guidance", torch.zeros(0)).tolist()}
-    return (
-        {GUIDANCE: scale}
-        | ({} if null is None else {NULL_CLASS: null})
-        | ({EMBEDDED_GUIDANCE: embedded.pop()} if len(embedded) == 1 else {})
     )
 
 

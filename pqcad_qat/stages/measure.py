@@ -1,39 +1,30 @@
-"""The stages that measure what was made: images of every variant, their figures of quality, and the report.
+"""The stages that measure what was made: figures of quality of every variant's images, and the report.
 
-Not here: metrics (quality/) and pages (report/).
+Not here: the images (variant_images.py), metrics (quality/) and pages (report/).
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pqcad_qat.data.images import to_uint8
-from pqcad_qat.machine.content_store import parts_folder, shared_folder
-from pqcad_qat.machine.files import whole_file
 from pqcad_qat.machine.processes import agreed
-from pqcad_qat.machine.progress import counting, working
-from pqcad_qat.machine.tensor_files import save_tensors
+from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.evaluation import EMBEDDED
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import (
     FLOAT_STEPS,
-    OPENVINO,
     PQ,
     REFERENCE,
     TRAINED,
-    UNTRAINED,
-    VARIANTS,
     WIDTHS,
     exporting,
 )
@@ -42,25 +33,15 @@ from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, fid_protocol, has_ssim, own_floor
 from pqcad_qat.quality.image_features import image_features
 from pqcad_qat.report.report_files import write_report
-from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
-from pqcad_qat.stages.baselines import openvino_files, runnable
 from pqcad_qat.stages.clip_scores import with_clip_scores
-from pqcad_qat.stages.prepared import SHARED, Prepared
+from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.reference_set import compared
 from pqcad_qat.stages.report_rows import RunFacts, curves_of, report_of
 from pqcad_qat.stages.run_folder import Record, RunFolder
 from pqcad_qat.stages.samplers import (
-    Sampler,
     decoder_of,
-    images_or_latents,
-    openvino_file_variant,
-    openvino_variant,
-    pictures_of,
-    pytorch_variant,
-    sample_rows,
-    with_float_steps,
 )
-from pqcad_qat.stages.stage_dependencies import sampled, sampling
+from pqcad_qat.stages.stage_dependencies import sampling
 from pqcad_qat.stages.stage_records import (
     BaselinesRecord,
     BenchmarkRecord,
@@ -71,7 +52,7 @@ from pqcad_qat.stages.stage_records import (
     TrainingRecord,
     WidthsRecord,
 )
-from pqcad_qat.stages.trained_models import TrainedModels
+from pqcad_qat.stages.variant_images import PICTURES, images_file, shown_variants
 from pqcad_qat.timing.hardware import hardware
 
 NO_DISTANCE = (
@@ -92,123 +73,6 @@ DECODED, FIRST_CHANNELS = "pictures are decoded by the full-precision VAE.", "pi
 
 OF_DECODED = "The model makes latents: all figures are of the pictures that the full-precision VAE decodes."
 
-PICTURES = 10
-"""Number of images of each variant that the report shows."""
-
-
-def sample(
-    policy: Policy,
-    prepared: Prepared,
-    run: RunFolder,
-    console: Console,
-    *,
-    models: TrainedModels,
-    shares_training: bool,
-) -> None:
-    """Sample images of every variant from the same seeds.
-
-    Runs side by side share the images of variants that training does not affect.
-    """
-    for name in _shown(policy, run):
-        with run.stage(sampling(name)) as stage:
-            if not stage.new:
-                continue
-            file = _images_file(run, name)
-
-            def make(folder: Path, batch_folder: Path, name: str = name) -> None:
-                _make_images(
-                    policy,
-                    prepared,
-                    run,
-                    console,
-                    name=name,
-                    models=models,
-                    folder=folder,
-                    batch_folder=batch_folder,
-                )
-
-            # Shared images are made once in the shared folder, under a name derived from the recipe, then copied.
-            if name in UNTRAINED or (shares_training and VARIANTS[name].weights_from in TRAINED):
-                decides = run.decides(sampling(name))
-                shared = shared_folder(run.path.parent / SHARED, decides, partial(_in_parts, make))
-                with whole_file(file, (shared / file.name).stat().st_size) as draft:
-                    shutil.copyfile(shared / file.name, draft)
-            else:
-                make(file.parent, run.unfinished(sampling(name)))
-            stage.done(SamplesRecord(policy.sampling_steps(name)))
-
-
-def _in_parts(make: Callable[[Path, Path], None], folder: Path) -> None:
-    make(folder, parts_folder(folder))
-
-
-def _make_images(
-    policy: Policy,
-    prepared: Prepared,
-    run: RunFolder,
-    console: Console,
-    *,
-    name: str,
-    models: TrainedModels,
-    folder: Path,
-    batch_folder: Path,
-) -> None:
-    variant = _variant(policy, prepared, run, name, models=models)
-    count, batch = policy.evaluation.images, policy.evaluation.batch_size
-    with counting(console, f"sample {name}", count * variant.steps) as advance:
-        kept = images_or_latents(prepared.model, decoded=policy.takes_pictures)
-        samples = sample_rows(
-            variant, count, policy.evaluation.seed, batch, kept=kept, advance=advance, batch_folder=batch_folder
-        )
-    if pictures_of(samples) is None and (decode := decoder_of(prepared.model)) is not None:
-        with working(console, f"sample {name}: decoding"):
-            samples["pictures"] = to_uint8(torch.from_numpy(decode(samples["latents"][:PICTURES].numpy())))
-    save_tensors(samples, folder / _images_file(run, name).name)
-
-
-def _variant(
-    policy: Policy,
-    prepared: Prepared,
-    run: RunFolder,
-    name: str,
-    *,
-    models: TrainedModels,
-) -> Sampler:
-    variant = replace(
-        _sampler(policy, prepared, run, name, models=models),
-        conditions=prepared.conditions,
-        guidance_scale=policy.guidance_scale(name),
-    )
-    in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(name)
-    # a deployed folder holds the graph of its float steps, and its runtime chooses by itself
-    if VARIANTS[name].deploys is not None or in_float.start == NO_FLOAT_STEPS:
-        return variant
-    full = pytorch_variant(
-        name, prepared.model.denoiser, variant.schedule, variant.steps, sample_shape=variant.sample_shape
-    )
-    return with_float_steps(variant, full, in_float)
-
-
-def _sampler(
-    policy: Policy,
-    prepared: Prepared,
-    run: RunFolder,
-    name: str,
-    *,
-    models: TrainedModels,
-) -> Sampler:
-    spec = VARIANTS[name]
-    schedule, steps = prepared.sampled_by(policy, name), policy.sampling_steps(name)
-    if spec.runtime == OPENVINO:
-        file = openvino_files(policy, run)[name]
-        if spec.deploys is not None:
-            return openvino_variant(name, file, steps)
-        return openvino_file_variant(
-            name, file, schedule, steps, sample_shape=prepared.model.sample_shape, batch_size=policy.export.batch_size
-        )
-    denoiser = prepared.model.denoiser if spec.weights_from is None else models.of(spec.weights_from)
-    return pytorch_variant(name, denoiser, schedule, steps, sample_shape=prepared.model.sample_shape)
-
 
 def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Console) -> None:
     """Stage `evaluation`: compute distances, PSNR and SSIM of every variant's images."""
@@ -222,7 +86,7 @@ def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Consol
         figures = {}
         with working(console, "evaluation: distances, PSNR, SSIM") as tell:
             known = None if features is None else image_features(features.network, full)
-            for name in _shown(policy, run):
+            for name in shown_variants(policy, run):
                 tell(f"evaluation: {name}")
                 own = _samples(run, name, of_latents)
                 figures[name] = (
@@ -295,29 +159,21 @@ def _write_report(policy: Policy, prepared: Prepared, run: RunFolder, command: s
         exports={name: record for name in policy.deployed if (record := noted(exporting(name), ExportRecord))},
         baselines=noted("baselines", BaselinesRecord),
         benchmark=noted("benchmark", BenchmarkRecord),
+        samples={name: run.read_always(sampling(name), SamplesRecord) for name in shown_variants(policy, run)},
         seconds=seconds,
         warnings=tuple(run.warnings()),
         command=command,
     )
     full = _samples(run, REFERENCE, prepared.model.latent)
     samples: dict[str, Any] = {
-        name: _pictures(load_file(_images_file(run, name)), full) for name in _shown(policy, run)
+        name: _pictures(load_file(images_file(run, name)), full) for name in shown_variants(policy, run)
     }
     write_report(run.path, report_of(facts), curves_of(policy, run.path / "logs", ends), samples)
 
 
-def _shown(policy: Policy, run: RunFolder) -> tuple[str, ...]:
-    """Variants that images are made of, without the baselines that failed."""
-    return tuple(name for name in sampled(policy) if name in runnable(policy, run))
-
-
-def _images_file(run: RunFolder, name: str) -> Path:
-    return run.path / "samples" / f"{name}.safetensors"
-
-
 def _samples(run: RunFolder, name: str, latents: bool) -> Tensor:
     """Load a variant's pictures (uint8), or its latents (float32)."""
-    tensors: Mapping[str, Tensor] = load_file(_images_file(run, name))
+    tensors: Mapping[str, Tensor] = load_file(images_file(run, name))
     return tensors["latents"] if latents else tensors["images" if "images" in tensors else "pictures"]
 
 

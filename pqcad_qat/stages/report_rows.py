@@ -55,6 +55,7 @@ from pqcad_qat.stages.stage_records import (
     EvaluationRecord,
     ExportRecord,
     FloatStepsRecord,
+    SamplesRecord,
     TrainingRecord,
     WidthsRecord,
 )
@@ -79,6 +80,7 @@ class RunFacts:
         float_steps: first steps that full precision computes.
         evaluation, widths, progressive, baselines, benchmark: records of these stages; None for stages that the run
             does not take.
+        samples: records of the stages that sampled images, by variant.
         exports: records of what was deployed, by the variant that it was made from, in the policy's order.
         ends: what each training stage came to.
         seconds: wall time by stage, in order.
@@ -97,6 +99,7 @@ class RunFacts:
     exports: Mapping[str, ExportRecord]
     baselines: BaselinesRecord | None
     benchmark: BenchmarkRecord | None
+    samples: Mapping[str, SamplesRecord]
     ends: Mapping[str, StageEnd]
     seconds: Mapping[str, float]
     warnings: tuple[str, ...]
@@ -106,6 +109,11 @@ class RunFacts:
     def export(self) -> ExportRecord | None:
         """Record of the first deployed variant; None where nothing is deployed."""
         return next(iter(self.exports.values()), None)
+
+    def sampled_by(self, variant: str) -> str:
+        """What computed a variant's images."""
+        own = self.samples[variant].runtime if variant in self.samples else ""
+        return own or VARIANTS[variant].runtime
 
     def walk(self, variant: str) -> Walk:
         """Sampling steps of a variant."""
@@ -176,7 +184,7 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
         image = _image_ms(facts, step, steps - in_float, float_calls)
         yield VariantRow(
             name=name,
-            runtime=spec.runtime,
+            runtime=facts.sampled_by(name),
             weight_bits=weight_bits,
             activation_bits=input_bits,
             steps=steps,

@@ -132,10 +132,11 @@ def with_float_steps(variant: Sampler, full: Sampler, in_float: StepsInFloat) ->
 
 def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Sampler:
     """Sampler of a deployed folder, run by this package's runtime from the unchanged files."""
-    return _deployed_variant(name, OVUNet2DModel.from_pretrained(folder), steps)
+    return deployed_variant(name, OVUNet2DModel.from_pretrained(folder), steps)
 
 
-def _deployed_variant(name: str, model: OVUNet2DModel, steps: int | None) -> Sampler:
+def deployed_variant(name: str, model: OVUNet2DModel, steps: int | None) -> Sampler:
+    """Sampler of a deployed folder that is loaded already."""
     where = str(model.folder / SCHEDULER_CONFIG)
     schedule, own = noise_schedule(model.scheduler_config, where), distilled_steps(model.scheduler_config, where)
     variant = Sampler(name, "openvino", model.predict, schedule, steps or own or DEFAULT_STEPS, model.sample_shape)
@@ -211,7 +212,7 @@ def _opened(
         if path and (deployed / MANIFEST).is_file():
             runtime = OVUNet2DModel.from_pretrained(deployed)
             takes = Conditioned(source, condition_inputs(runtime.conditions))
-            variant = _deployed_variant(folder.name, runtime, steps)
+            variant = deployed_variant(folder.name, runtime, steps)
             unguided = _scale(guidance_scale, runtime.scheduler_config) == 1.0
             runtime.in_float = _as_sampled(runtime.in_float, variant, unguided)
             return variant, takes, runtime.scheduler_config

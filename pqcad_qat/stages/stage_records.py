@@ -126,7 +126,8 @@ class BenchmarkRecord(StageRecord):
 class SamplesRecord(StageRecord):
     """Record of a stage that samples a variant."""
 
-    steps: int  # number of sampling steps
+    steps: int = 0  # number of sampling steps
+    runtime: str = ""  # what computed it, where that is not the runtime of the variant
 
 
 @dataclass(frozen=True)

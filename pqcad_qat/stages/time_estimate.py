@@ -37,6 +37,7 @@ from pqcad_qat.quantization.learned_rounding import BATCH
 from pqcad_qat.stages import held_out_images
 from pqcad_qat.stages.float_steps import measured, students_sampled
 from pqcad_qat.stages.fresh_images import IMAGES
+from pqcad_qat.stages.int8_sampler import in_int8
 from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared, calibration_recipe
 from pqcad_qat.stages.stage_dependencies import BASELINE_INPUTS, most_steps, sampling, training_steps
 from pqcad_qat.stages.step_costs import POINTS
@@ -123,7 +124,7 @@ class _Estimate:
         if stage in TRAINED:
             return self.training(stage)
         if stage.startswith("export-"):
-            return FOLDER + OF_PARAMETER * self.parameters
+            return self.folder()
         if stage.startswith(sampling("")):
             return self.sampling(stage.removeprefix(sampling("")))
         known: Mapping[str, Callable[[], float]] = {
@@ -194,11 +195,16 @@ class _Estimate:
 
     def sampling(self, variant: str) -> float:
         """Images of a variant; OpenVINO takes about a third of PyTorch's time."""
-        spec = VARIANTS[variant]
+        spec, own_graph = VARIANTS[variant], in_int8(self.policy, self.prepared, variant)
         of_call = self.pace.quantized if spec.quantized else self.pace.full
-        if spec.runtime == OPENVINO:
+        if spec.runtime == OPENVINO or own_graph:
             of_call = self.pace.full / 3
-        return self.policy.evaluation.images * self.policy.sampling_steps(variant) * self.calls * of_call
+        calls = self.policy.evaluation.images * self.policy.sampling_steps(variant) * self.calls
+        return calls * of_call + (self.folder() if own_graph else 0.0)
+
+    def folder(self) -> float:
+        """Writing and proving of a folder."""
+        return FOLDER + OF_PARAMETER * self.parameters
 
 
 def _simulated(prepared: Prepared) -> nn.Module:

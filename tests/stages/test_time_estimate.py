@@ -14,7 +14,15 @@ from pqcad_qat.quantization.learned_rounding import BATCH
 from pqcad_qat.report.run_preview import about, time_ahead
 from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared, prepare
 from pqcad_qat.stages.stage_dependencies import recipes, sampling
-from pqcad_qat.stages.time_estimate import LAYERS_OF_BLOCK, LEARNING, Pace, estimated_seconds, measured_pace
+from pqcad_qat.stages.time_estimate import (
+    FOLDER,
+    LAYERS_OF_BLOCK,
+    LEARNING,
+    OF_PARAMETER,
+    Pace,
+    estimated_seconds,
+    measured_pace,
+)
 
 PACE = Pace(full=1.0, quantized=10.0, step=100.0)
 
@@ -36,6 +44,16 @@ def test_trajectories_and_images_take_a_call_for_each_of_their_steps(tiny_folder
     assert estimate(tiny_folder, prepared, of=sampling(PQ)) == 8 * 4 * PACE.quantized
     assert estimate(tiny_folder, prepared, of=sampling(PQCAD)) == 8 * 2 * PACE.quantized
     assert estimate(tiny_folder, prepared, "sampler.guidance_scale=2", of=sampling(PQ)) == 2 * 8 * 4 * PACE.quantized
+
+
+def test_a_variant_that_samples_from_a_graph_of_its_own_takes_its_making_and_openvinos_calls(
+    tiny_folder: Path, prepared: Prepared
+) -> None:
+    images = 1_000_000
+    parameters = sum(parameter.numel() for parameter in prepared.model.denoiser.parameters())
+    expected = images * 2 * PACE.full / 3 + FOLDER + OF_PARAMETER * parameters
+    found = estimate(tiny_folder, prepared, f"evaluation.images={images}", of=sampling(PQCAD))
+    assert found == pytest.approx(expected)
 
 
 def test_training_takes_its_steps_or_its_share_of_the_minutes(tiny_folder: Path, prepared: Prepared) -> None:
