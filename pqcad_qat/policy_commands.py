@@ -170,6 +170,7 @@ def sweep(
     set: tuple[str, ...] = (),
     only: str = "*",
     jobs: int = 1,
+    scheduler: str | None = None,
     dry_run: bool = False,
     page: str | None = None,
     module: str | None = None,
@@ -184,6 +185,8 @@ def sweep(
         only: glob on the names of the cells to run, such as '*-seed0'; the table has all finished cells.
         jobs: number of cells that run at once, each in a process with its share of the cores; small models gain from
             it.
+        scheduler: address of a Dask scheduler, such as tcp://10.0.0.1:8786: the cells run on its workers, which must
+            see the folder under the same path (needs the extra dask).
         dry_run: show the cells and what each would do, or the faults that `plan` finds in them; nothing is run.
         page: Markdown file that also gets the table, between its lines <!-- NAME --> and <!-- end of NAME -->, or at
             its end.
@@ -210,6 +213,7 @@ def sweep(
         command_line(),
         console.CONSOLE,
         jobs=at_a_time,
+        scheduler=scheduler,
         only=str(only),
         page=table,
         module=module,

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,9 @@ from rich.text import Text
 
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PqcadError, StudyError, UsageError, shortened
-from pqcad_qat.machine.cores import usable_cores
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.progress import progress_bar, working
+from pqcad_qat.machine.task_pools import LostTaskError, dask_workers, local_processes, side_by_side
 from pqcad_qat.models.own_model import OwnModel, own_model_of
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.study_cells import Cell, Study
@@ -55,6 +53,7 @@ def sweep(
     console: Console,
     *,
     jobs: int = 1,
+    scheduler: str | None = None,
     only: str = "*",
     page: Path | None = None,
     module: str | None = None,
@@ -64,6 +63,7 @@ def sweep(
     Args:
         only: glob on the names of the cells to run.
         jobs: number of simultaneous cells, each in its own process with its share of the cores; small models benefit.
+        scheduler: address of a Dask scheduler, on whose workers the cells run; they share the folder.
         page: Markdown file that gets the table too, as a section with the study's name.
         module: FILE.py:FUNCTION of the user's own module, for the cells whose model.source is its `module:NAME`.
 
@@ -80,8 +80,10 @@ def sweep(
     _refuse_changed(study, folder)
     chosen, own = chosen_cells(study, only), _own_module(study, module)
     waiting = [cell for cell in chosen if not finished(folder / cell.name)]
-    if jobs > 1:
-        _refuse_timings(waiting, jobs)
+    if jobs > 1 and scheduler is not None:
+        raise UsageError("--jobs: got a number beside --scheduler, whose workers say how many run at once; allowed one")
+    if jobs > 1 or scheduler is not None:
+        _refuse_timings(waiting, f"--jobs: got {jobs}" if scheduler is None else f"--scheduler: got {scheduler}")
     check_cells(waiting, console, own)
     failed: dict[str, str] = {}
     with progress_bar(console, lines=False) as bar:
@@ -99,13 +101,16 @@ def sweep(
                 console.print(Text.assemble(("failed:", "red"), f" {cell.name}: {fault}"), soft_wrap=True)
             bar.update(task, advance=1)
 
-        if jobs == 1:
+        if jobs == 1 and scheduler is None:
             in_turn = partial(_run_cell, folder=folder, command=command, console=console, own=own)
             _in_turn(waiting, in_turn, begin=begin, end=end)
         else:
-            threads = max(1, usable_cores() // jobs)
-            apart = partial(_run_quietly, folder=folder, command=command, threads=threads, module=module)
-            _side_by_side(waiting, apart, folder, console, begin=begin, end=end, jobs=jobs)
+            with local_processes(jobs) if scheduler is None else dask_workers(scheduler, folder) as pool:
+                apart = partial(
+                    _run_quietly, folder=folder.resolve(), command=command, threads=pool.threads, module=module
+                )
+                with _endings_told(folder, console):
+                    side_by_side(pool, waiting, apart, begin=begin, end=end)
     comparison = _write_table(study, folder, command)
     if failed:
         listed = "\n".join(f"  - {name}: {message}" for name, message in failed.items())
@@ -211,34 +216,30 @@ def _in_turn(cells: Sequence[Cell], run_cell: RunCell, *, begin: Begin, end: End
         end(cell, run_cell(cell))
 
 
-def _side_by_side(
-    cells: Sequence[Cell], run_cell: RunCell, folder: Path, console: Console, *, begin: Begin, end: End, jobs: int
-) -> None:
-    waiting, running = list(reversed(cells)), dict[Future[str | None], Cell]()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    cell = waiting.pop()
-                    begin(cell)
-                    running[pool.submit(run_cell, cell)] = cell
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    cell = running.pop(future)
-                    try:
-                        end(cell, future.result())
-                    except BrokenProcessPool:
-                        raise StudyError(
-                            f"{folder}: got a process that died at {cell.name}, perhaps for want of memory; "
-                            "allowed fewer --jobs, which need less: the same command goes on"
-                        ) from None
-        except KeyboardInterrupt:
-            console.print("interrupted: waiting for the cells at work to write their checkpoints")
-            raise
+@contextmanager
+def _endings_told(folder: Path, console: Console) -> Iterator[None]:
+    """Explain what ends cells that run side by side.
+
+    Raises:
+        StudyError: the process of a cell died.
+    """
+    try:
+        yield
+    except LostTaskError as error:
+        raise StudyError(
+            f"{folder}: got a process that died at {error.task.name}, perhaps for want of memory; "
+            "allowed fewer at a time, which need less: the same command goes on"
+        ) from None
+    except KeyboardInterrupt:
+        console.print("interrupted: waiting for the cells at work to write their checkpoints")
+        raise
 
 
-def _run_quietly(cell: Cell, *, folder: Path, command: str, threads: int, module: str | None) -> str | None:
+def _run_quietly(
+    cell: Cell, *, folder: Path, command: str, threads: Callable[[], int], module: str | None
+) -> str | None:
     """Run a cell in this process, which has no other work; its output goes to a file."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads())
     own = None if module is None else own_model_of(module)
     (folder / CONSOLES).mkdir(parents=True, exist_ok=True)
     with (folder / CONSOLES / f"{cell.name}.txt").open("a", encoding="utf-8") as file:
@@ -261,14 +262,13 @@ def _run_cell(cell: Cell, *, folder: Path, command: str, console: Console, own: 
     return None
 
 
-def _refuse_timings(cells: Sequence[Cell], jobs: int) -> None:
+def _refuse_timings(cells: Sequence[Cell], asked: str) -> None:
     timing = [cell.name for cell in cells if "benchmark" in stages_of(cell.policy.variants)]
     timed = [name for name, spec in VARIANTS.items() if "benchmark" in spec.stages]
     if timing:
         raise StudyError(
-            f"--jobs: got {jobs}, but {len(timing)} cells time models, which others beside them would "
-            f"disturb: {timing[0]}, ...; "
-            f"allowed 1, or no deploy and evaluation.variants without {', '.join(timed)}"
+            f"{asked}, but {len(timing)} cells time models, which others beside them would disturb: {timing[0]}, "
+            f"...; allowed one at a time, or no deploy and evaluation.variants without {', '.join(timed)}"
         )
 
 

@@ -10,12 +10,14 @@ import json
 import shutil
 import statistics
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from dask_cluster import local_cluster
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_runs import POLICIES, QUIET, tiny_overrides, without_page, without_trials
@@ -24,12 +26,12 @@ from pqcad_qat import cli, console
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.commands import sweep as study_module
 from pqcad_qat.commands.sweep import sweep
-from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PlanError, StudyError
+from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PlanError, StudyError, UsageError
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.study_cells import Study, load_study
 from pqcad_qat.policy.variants import FP32, NNCF_INT8, PQ
 from pqcad_qat.report.report_files import read_report
-from pqcad_qat.stages import baselines, measure
+from pqcad_qat.stages import baselines, variant_images
 from pqcad_qat.stages.samplers import sample_rows
 
 STUDY = POLICIES / "studies" / "smoke.yaml"
@@ -74,7 +76,7 @@ def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     printed = io.StringIO()
     with without_trials(), without_page(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
-        for stage, name in ((baselines, "nncf_baseline"), (measure, "sample_rows")):
+        for stage, name in ((baselines, "nncf_baseline"), (variant_images, "sample_rows")):
             patch.setattr(stage, name, counting(made, name, getattr(stage, name)))
         sweep(
             load_study(STUDY, overrides),
@@ -233,11 +235,14 @@ def test_only_the_cells_asked_for_are_run_and_the_table_has_all_that_are_finishe
 
 
 @pytest.mark.long
-def test_cells_that_run_beside_each_other_are_those_that_run_in_turn(swept: Swept, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["jobs", "cluster"])
+def test_cells_that_run_beside_each_other_are_those_that_run_in_turn(where: str, swept: Swept, tmp_path: Path) -> None:
     """One seed makes as many cells as there are processes. They are compared by their models, not by their images."""
     few = (f"evaluation.variants=[{FP32}, {PQ}]", "evaluation.images=2", "evaluation.features=none", "seeds=[0]")
     study, printed = load_study(STUDY, [*swept.overrides, *few]), io.StringIO()
-    sweep(study, tmp_path, "beside", Console(file=printed, width=200), jobs=2)
+    with local_cluster(workers=2) if where == "cluster" else nullcontext() as cluster:
+        how = {"jobs": 2} if cluster is None else {"scheduler": cluster.scheduler_address}
+        sweep(study, tmp_path, "beside", Console(file=printed, width=200), **how)
     assert [cell.name for cell in study.cells] == [CELLS[0], CELLS[2]]
     for cell in study.cells:
         ours, theirs = (
@@ -254,6 +259,10 @@ def test_cells_that_time_models_do_not_run_beside_others(copied: Swept) -> None:
     (copied.folder / CELLS[0] / "report.html").unlink()
     with pytest.raises(StudyError, match=f"--jobs: got 2, but 1 cells time models.*{CELLS[0]}"):
         sweep(copied.study, copied.folder, "again", Console(quiet=True), jobs=2)
+    with pytest.raises(StudyError, match=r"--scheduler: got tcp://10\.0\.0\.1:8786, but 1 cells time models"):
+        sweep(copied.study, copied.folder, "again", Console(quiet=True), scheduler="tcp://10.0.0.1:8786")
+    with pytest.raises(UsageError, match="--jobs: got a number beside --scheduler"):
+        sweep(copied.study, copied.folder, "again", Console(quiet=True), scheduler="tcp://10.0.0.1:8786", jobs=2)
 
 
 def test_ctrl_c_ends_a_study_and_not_only_its_cell(
