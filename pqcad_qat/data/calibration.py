@@ -24,6 +24,7 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.accelerators import on_accelerator
 from pqcad_qat.machine.content_store import content_digest, parts_folder, shared_folder
 from pqcad_qat.machine.files import write_file
+from pqcad_qat.machine.processes import is_first
 from pqcad_qat.machine.tensor_files import gathered, save_tensors
 from pqcad_qat.models.conditions import CONDITION, ConditionSet
 from pqcad_qat.models.denoiser import Condition, DenoiserInput, DiffusionModel, predict
@@ -170,20 +171,31 @@ def calibration_set(
     *,
     advance: Callable[[int], None] = lambda _: None,
     conditions: ConditionSet | None = None,
+    together: bool = False,
 ) -> tuple[CalibrationSet, Path]:
     """Return the set of a recipe and its folder, read from `cache`, or else recorded and written there.
 
     `advance` is called after every sampling step of a batch with the number of trajectories in it. `conditions` are
-    those that the recipe's digest stands for.
+    those that the recipe's digest stands for. With `together`, all processes of a run call this, and each records some.
     """
 
     def make(draft: Path) -> None:
-        recorded = record(model, recipe, batch_size, advance, conditions=conditions, finished=parts_folder(draft))
+        recorded = record(
+            model,
+            recipe,
+            batch_size,
+            advance,
+            conditions=conditions,
+            finished=parts_folder(draft),
+            together=together,
+        )
+        if together and not is_first():
+            return
         save_tensors(_tensors(recorded), draft / TRAJECTORIES)
         content = json.dumps({**recipe.decides, "timesteps": recorded.timesteps}, indent=2)
         write_file(draft / "recipe.json", content + "\n")
 
-    folder = shared_folder(cache, recipe.decides, make)
+    folder = shared_folder(cache, recipe.decides, make, together=together)
     return read_calibration(folder), folder
 
 
@@ -196,10 +208,12 @@ def record(
     *,
     conditions: ConditionSet | None = None,
     finished: Path | None = None,
+    together: bool = False,
 ) -> CalibrationSet:
     """Run the sampler from seeded noise, and keep the state and the prediction at every timestep of the recipe.
 
     Finished batches are written to the folder `finished`, so that a later process can resume after the last of them.
+    With `together`, all processes of a run make some of them.
 
     Raises:
         ModelError: the model's values are not finite.
@@ -210,26 +224,22 @@ def record(
     fine = schedule.finer(coarse, recipe.refinement)
     guiding = conditions.unconditional if recipe.guidance_scale != 1.0 else {}
 
-    def batches(done: int) -> Iterator[dict[str, Tensor]]:
-        if done:
-            advance(done * sum(map(len, fine)))
-        for first in range(done, recipe.trajectories, batch_size):
-            count = min(batch_size, recipe.trajectories - first)
-            passes = _Passes(model.denoiser)
-            follow = guided_call(passes, conditions.drawn(recipe.seed, first, count), guiding, recipe.guidance_scale)
-            noise = torch.from_numpy(initial_noise(recipe.seed, first, count, model.sample_shape))
-            yield _walked(
-                noise,
-                follow,
-                passes,
-                fine,
-                schedule=schedule,
-                advance=advance,
-                source=model.source,
-            )
+    def batch(first: int, count: int) -> dict[str, Tensor]:
+        passes = _Passes(model.denoiser)
+        follow = guided_call(passes, conditions.drawn(recipe.seed, first, count), guiding, recipe.guidance_scale)
+        noise = torch.from_numpy(initial_noise(recipe.seed, first, count, model.sample_shape))
+        return _walked(noise, follow, passes, fine, schedule=schedule, advance=advance, source=model.source)
 
     with on_accelerator(model.denoiser):
-        tensors = gathered(finished, recipe.trajectories, batches, "calibration: trajectories")
+        tensors = gathered(
+            finished,
+            recipe.trajectories,
+            batch_size,
+            batch,
+            work="calibration: trajectories",
+            advance=lambda rows: advance(rows * sum(map(len, fine))),
+            together=together,
+        )
     return CalibrationSet(
         states=tensors["states"],
         predictions=tensors["predictions"],

@@ -9,9 +9,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from filelock import FileLock
+
+from pqcad_qat.machine.processes import agreed, any_process, is_first, process_count
 
 WHOLE, PARTS = "whole", "parts"
 """Names inside a draft: the folder that is later moved into place, and the parts that it is made from."""
@@ -27,24 +30,34 @@ def content_digest(decides: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def shared_folder(store: Path, decides: Mapping[str, object], make: Callable[[Path], None]) -> Path:
+def shared_folder(
+    store: Path, decides: Mapping[str, object], make: Callable[[Path], None], *, together: bool = False
+) -> Path:
     """The folder for `decides`: an existing one, or a new one that `make` fills.
 
     `make` fills it under a temporary name; then it is moved into place. If another process is making the same folder,
     this one waits for it. The half-made content of a killed process is dropped, except for what lies in `parts_folder`:
     `make` finds these parts and continues with them.
+
+    With `together`, all processes of a run call this, and `make` is called in all of them or in none.
     """
     folder = store / content_digest(decides)
     draft = store / f".{folder.name}"
-    if not folder.exists() or draft.exists():
-        locks = store / LOCKS
-        locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / folder.name):
-            if not folder.exists():  # by another process, meanwhile
-                draft.mkdir(exist_ok=True)
-                _fill(draft, folder, make)
-            elif draft.exists():  # left by a process that was killed after it had moved the folder
-                shutil.rmtree(draft)
+    alone = not together or process_count() == 1
+    if alone and folder.exists() and not draft.exists():
+        return folder
+    locks = store / LOCKS
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / folder.name) if alone or is_first() else nullcontext():
+        # by another process, meanwhile; the first process of several holds the lock and decides for all
+        missing = not folder.exists()
+        if missing if alone else any_process(is_first() and missing):
+            draft.mkdir(exist_ok=True)
+            _fill(draft, folder, make, together=not alone)
+        elif draft.exists() and (
+            alone or is_first()
+        ):  # left by a process that was killed after it had moved the folder
+            shutil.rmtree(draft)
     return folder
 
 
@@ -59,16 +72,23 @@ def parts_folder(folder: Path) -> Path:
     return folder.with_name(PARTS)
 
 
-def _fill(draft: Path, folder: Path, make: Callable[[Path], None]) -> None:
+def _fill(draft: Path, folder: Path, make: Callable[[Path], None], *, together: bool) -> None:
     """Fill the draft and move it into place; a failure leaves nothing but the parts."""
     whole, unfinished = draft / WHOLE, draft / PARTS
+    first = not together or is_first()
     try:
-        for leftover in [entry for entry in draft.iterdir() if entry != unfinished]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        whole.mkdir()
-        make(whole)
-        whole.rename(folder)
+        with agreed() if together else nullcontext():
+            if first:
+                for leftover in [entry for entry in draft.iterdir() if entry != unfinished]:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                whole.mkdir()
+        with agreed() if together else nullcontext():
+            make(whole)
+        with agreed() if together else nullcontext():
+            if first:
+                whole.rename(folder)
     finally:
-        shutil.rmtree(whole, ignore_errors=True)
-        if folder.exists() or not (unfinished.exists() and any(unfinished.iterdir())):
-            shutil.rmtree(draft, ignore_errors=True)
+        if first:
+            shutil.rmtree(whole, ignore_errors=True)
+            if folder.exists() or not (unfinished.exists() and any(unfinished.iterdir())):
+                shutil.rmtree(draft, ignore_errors=True)

@@ -61,6 +61,11 @@ def process_count() -> int:
     return int(_state().num_processes)
 
 
+def process_number() -> int:
+    """Number of this process among them, from 0."""
+    return int(_state().process_index)
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes and reports."""
     return bool(_state().is_main_process)

@@ -22,7 +22,8 @@ from pqcad_qat.errors import UsageError
 from pqcad_qat.machine.cores import usable_cores
 from pqcad_qat.machine.files import write_file
 
-Task, Result = TypeVar("Task"), TypeVar("Result")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 CONNECT_S = 10
 """Seconds to wait for a scheduler's answer."""

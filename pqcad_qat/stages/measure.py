@@ -34,13 +34,11 @@ from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_la
 from pqcad_qat.quality.image_features import image_features
 from pqcad_qat.report.report_files import write_report
 from pqcad_qat.stages.clip_scores import with_clip_scores
+from pqcad_qat.stages.kept_images import decoder_of
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.reference_set import compared
 from pqcad_qat.stages.report_rows import RunFacts, curves_of, report_of
 from pqcad_qat.stages.run_folder import Record, RunFolder
-from pqcad_qat.stages.samplers import (
-    decoder_of,
-)
 from pqcad_qat.stages.stage_dependencies import sampling
 from pqcad_qat.stages.stage_records import (
     BaselinesRecord,

@@ -24,9 +24,10 @@ from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import REFERENCE
 from pqcad_qat.quality.feature_network import Features, made_by_others, with_reference
 from pqcad_qat.quality.image_features import image_features
+from pqcad_qat.stages.kept_images import images_or_latents, pictures_of
 from pqcad_qat.stages.prepared import SHARED, Prepared
 from pqcad_qat.stages.run_folder import RunFolder
-from pqcad_qat.stages.samplers import images_or_latents, pictures_of, pytorch_variant, sample_rows
+from pqcad_qat.stages.samplers import pytorch_variant, sample_rows
 from pqcad_qat.stages.stage_dependencies import sampling
 
 _FILE, _FEATURES = "reference-features.safetensors", "features"

@@ -6,7 +6,7 @@ Not here: the quality of its images (quality/fidelity.py), or its speed (timing/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -30,14 +30,13 @@ from pqcad_qat.models.conditions import (
     chosen_conditions,
     conditioned,
 )
-from pqcad_qat.models.denoiser import DiffusionModel, is_latent, predict
+from pqcad_qat.models.denoiser import is_latent, predict
 from pqcad_qat.models.families.family import condition_inputs
 from pqcad_qat.models.guidance import guided_call
 from pqcad_qat.models.model_folder import SCHEDULER_CONFIG, check_no_single_file, denoiser_folder, local
 from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.own_model import OwnModel
-from pqcad_qat.models.pipeline_parts import VAE, pipeline_parts
-from pqcad_qat.models.vae import decoded
+from pqcad_qat.models.pipeline_parts import VAE
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import is_quantized_folder, load_full_precision, load_quantized
@@ -47,6 +46,7 @@ from pqcad_qat.serving.deployed_folder import MANIFEST
 from pqcad_qat.serving.manifest import PART_FOLDERS
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.serving.vae_runtime import PictureDecoder
+from pqcad_qat.stages.kept_images import decoder_of
 from pqcad_qat.timing.latency import compile_for_latency
 
 Float32 = npt.NDArray[np.float32]
@@ -246,46 +246,6 @@ def _as_sampled(in_float: StepsInFloat, variant: Sampler, unguided: bool) -> Ste
     return in_float.along(variant.schedule.walk(variant.steps) if unguided else ())
 
 
-def decoder_of(model: DiffusionModel) -> Callable[[Float32], Float32] | None:
-    """Return a function that decodes latents with the full-precision VAE beside the model, loaded at its first call.
-
-    The result is None if the model does not make latents or has no VAE.
-    """
-    pipeline = pipeline_parts(model.folder)
-    if pipeline is None or not model.latent or (part := pipeline.decoder) is None:
-        return None
-
-    load = cache(partial(pipeline.load, part))
-
-    def decode(latents: Float32) -> Float32:
-        pictures: Float32 = decoded(load(), torch.from_numpy(latents)).numpy()
-        return pictures
-
-    return decode
-
-
-def images_or_latents(model: DiffusionModel, decoded: bool) -> Callable[[Float32], Rows]:
-    """Return the function by which `sample_rows` keeps uint8 `images`, or float32 `latents` for a model of latents.
-
-    If `decoded` is set and the model has a decoder, the uint8 `pictures` of the latents are kept as well.
-    """
-    decode = decoder_of(model) if decoded else None
-
-    def kept(x_0: Float32) -> Rows:
-        states = torch.from_numpy(x_0)
-        if not model.latent:
-            return {"images": to_uint8(states)}
-        pictures = {} if decode is None else {"pictures": to_uint8(torch.from_numpy(decode(x_0)))}
-        return {"latents": states, **pictures}
-
-    return kept
-
-
-def pictures_of(rows: Rows) -> Tensor | None:
-    """The uint8 pictures (N, C, H, W) among what `images_or_latents` keeps; None where there are latents alone."""
-    return rows.get("images", rows.get("pictures"))
-
-
 def sample_images(
     variant: Sampler, count: int, seed: int, batch_size: int, *, advance: Callable[[int], None] = lambda _: None
 ) -> Tensor:
@@ -317,29 +277,35 @@ def sample_rows(
     kept: Callable[[Float32], Rows],
     advance: Callable[[int], None] = lambda _: None,
     batch_folder: Path | None = None,
+    together: bool = False,
 ) -> dict[str, Tensor]:
     """Sample from a seed, and return what is kept of the images, by name.
 
     Sample k starts from the same noise and condition for every variant and batch size. `kept` gets the x_0 (B, C, H, W)
     of a batch, and its result alone stays in memory: 50,000 images of 256x256 take 39 GB as numbers. `advance` is
     called after every sampling step with the number of images in the batch. `batch_folder` keeps finished batches, so
-    that a later process resumes after them.
+    that a later process resumes after them. With `together`, all processes of a run call this, and each makes some.
     """
 
-    def batches(done: int) -> Iterator[Rows]:
-        if done:
-            advance(done * variant.steps)
-        for first in range(done, count, batch_size):
-            noise = initial_noise(seed, first, min(batch_size, count - first), variant.sample_shape)
-            chosen, null = variant.conditions.drawn(seed, first, len(noise)), variant.conditions.unconditional
-            condition, unconditional = (
-                {name: value.numpy() for name, value in tensors.items()} for tensors in (chosen, null)
-            )
-            x_0, follow = noise, guided_call(variant.predict, condition, unconditional, variant.guidance_scale)
-            for step in trajectory(follow, noise, variant.schedule, variant.steps):
-                x_0 = np.asarray(step.x_s, dtype=np.float32)
-                advance(len(noise))
-            yield kept(x_0)
+    def batch(first: int, size: int) -> Rows:
+        noise = initial_noise(seed, first, size, variant.sample_shape)
+        chosen, null = variant.conditions.drawn(seed, first, size), variant.conditions.unconditional
+        condition, unconditional = (
+            {name: value.numpy() for name, value in tensors.items()} for tensors in (chosen, null)
+        )
+        x_0, follow = noise, guided_call(variant.predict, condition, unconditional, variant.guidance_scale)
+        for step in trajectory(follow, noise, variant.schedule, variant.steps):
+            x_0 = np.asarray(step.x_s, dtype=np.float32)
+            advance(size)
+        return kept(x_0)
 
     with on_accelerator(*variant.modules):
-        return gathered(batch_folder, count, batches, f"sampling {variant.name}: images")
+        return gathered(
+            batch_folder,
+            count,
+            batch_size,
+            batch,
+            work=f"sampling {variant.name}: images",
+            advance=lambda rows: advance(rows * variant.steps),
+            together=together,
+        )

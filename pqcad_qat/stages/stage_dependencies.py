@@ -40,9 +40,9 @@ from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.serving.deployed_folder import tokenizer_of
 from pqcad_qat.stages.asked_widths import widths_measured
 from pqcad_qat.stages.float_steps import measured, parts_measured, students_sampled
+from pqcad_qat.stages.kept_images import decoder_of
 from pqcad_qat.stages.prepared import Prepared, calibration_recipe
 from pqcad_qat.stages.recipe import Recipe
-from pqcad_qat.stages.samplers import decoder_of
 from pqcad_qat.stages.trained_files import trained_paths
 from pqcad_qat.training.held_out import SHARE
 

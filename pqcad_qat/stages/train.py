@@ -67,7 +67,7 @@ def calibrate(policy: Policy, prepared: Prepared, run: RunFolder, console: Conso
     recipe = calibration_recipe(policy, prepared)
     fine = prepared.schedule.finer(prepared.schedule.passing(recipe.steps, recipe.also), recipe.refinement)
     calls = recipe.trajectories * sum(map(len, fine))
-    with run.stage("calibration") as stage, counting(console, "calibration", calls) as advance:
+    with run.stage("calibration", together=True) as stage, counting(console, "calibration", calls) as advance:
         if is_first():
             _keep_embeddings(policy, prepared, run, stage.new)
         store = run.path.parent / CALIBRATION
@@ -78,6 +78,7 @@ def calibrate(policy: Policy, prepared: Prepared, run: RunFolder, console: Conso
             store,
             advance=advance,
             conditions=prepared.conditions,
+            together=True,
         )
         if is_first():
             run.link("calibration", folder)
@@ -198,9 +199,12 @@ def teach(
     calibration: CalibrationSet,
     models: TrainedModels,
 ) -> None:
-    """Stage `teacher`: the targets that all students learn from; the frozen model of `pq` runs once for all of them."""
+    """Stage `teacher`: the targets that all students learn from; the frozen model of `pq` runs once for all of them.
+
+    Of several processes each makes a part of them.
+    """
     name = "teacher"
-    with run.stage(name) as stage:
+    with run.stage(name, together=True) as stage:
         if not stage.new:
             return
         teacher, steps = models.of(PQ), policy.sampler.steps
@@ -221,8 +225,10 @@ def teach(
                 start=start,
                 parts_folder=run.unfinished(name),
                 stage=name,
+                together=True,
             )
-        save_tensors({key: value for key, value in vars(targets).items() if value is not None}, run.path / _TARGETS)
+        if is_first():
+            save_tensors({key: value for key, value in vars(targets).items() if value is not None}, run.path / _TARGETS)
         stage.done()
 
 

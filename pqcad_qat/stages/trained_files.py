@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pqcad_qat.machine.content_store import shared_folder
+from pqcad_qat.machine.processes import agreed
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.run_folder import CHECKPOINTS, RunFolder
 
@@ -24,12 +25,14 @@ def trained_paths(stage: str) -> tuple[str, ...]:
 
 
 def make_in(run: RunFolder, stage: str, make: Callable[[Path], None], *, shared: bool) -> None:
-    """Let `make` write a stage's files into the run's folder.
+    """Let `make` write a stage's files into the run's folder; all processes of the run call this.
 
     If they are shared, a run beside this one with an equal recipe has made them for both, and they are copied.
     """
     if shared:
-        made = shared_folder(run.path.parent / SHARED, run.decides(stage), make)
-        shutil.copytree(made, run.path, dirs_exist_ok=True)
+        made = shared_folder(run.path.parent / SHARED, run.decides(stage), make, together=True)
+        with agreed() as first:
+            if first:
+                shutil.copytree(made, run.path, dirs_exist_ok=True)
     else:
         make(run.path)

@@ -18,6 +18,7 @@ from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.data.images import to_uint8
 from pqcad_qat.machine.content_store import parts_folder, shared_folder
 from pqcad_qat.machine.files import whole_file
+from pqcad_qat.machine.processes import is_first
 from pqcad_qat.machine.progress import counting, working
 from pqcad_qat.machine.tensor_files import read_notes, save_tensors
 from pqcad_qat.policy.schema import Policy
@@ -25,15 +26,13 @@ from pqcad_qat.policy.variants import FLOAT_STEPS, IN_INT8, OPENVINO, SIMULATED,
 from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.stages.baselines import openvino_files, runnable
 from pqcad_qat.stages.int8_sampler import in_int8, int8_sampler
+from pqcad_qat.stages.kept_images import decoder_of, images_or_latents, pictures_of
 from pqcad_qat.stages.prepared import SHARED, Prepared
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.samplers import (
     Sampler,
-    decoder_of,
-    images_or_latents,
     openvino_file_variant,
     openvino_variant,
-    pictures_of,
     pytorch_variant,
     sample_rows,
     with_float_steps,
@@ -61,15 +60,17 @@ def sample(
 ) -> None:
     """Sample images of every variant from the same seeds.
 
-    Runs side by side share the images of variants that training does not affect.
+    Runs side by side share the images of variants that training does not affect. Of several processes each makes a part
+    of the images, but for those of OpenVINO's variants: OpenVINO takes all cores by itself.
     """
     for name in shown_variants(policy, run):
-        with run.stage(sampling(name)) as stage:
+        together = VARIANTS[name].runtime != OPENVINO
+        with run.stage(sampling(name), together=together) as stage:
             if not stage.new:
                 continue
             file = images_file(run, name)
 
-            def make(folder: Path, batch_folder: Path, name: str = name) -> None:
+            def make(folder: Path, batch_folder: Path, name: str = name, together: bool = together) -> None:
                 _make_images(
                     policy,
                     prepared,
@@ -80,17 +81,21 @@ def sample(
                     models=models,
                     folder=folder,
                     batch_folder=batch_folder,
+                    together=together,
                 )
 
             # Shared images are made once in the shared folder, under a name derived from the recipe, then copied.
             if name in UNTRAINED or (shares_training and VARIANTS[name].weights_from in TRAINED):
                 decides = run.decides(sampling(name))
-                shared = shared_folder(run.path.parent / SHARED, decides, partial(_in_parts, make))
-                with whole_file(file, (shared / file.name).stat().st_size) as draft:
-                    shutil.copyfile(shared / file.name, draft)
+                store, parted = run.path.parent / SHARED, partial(_in_parts, make)
+                shared = shared_folder(store, decides, parted, together=together)
+                if is_first():
+                    with whole_file(file, (shared / file.name).stat().st_size) as draft:
+                        shutil.copyfile(shared / file.name, draft)
             else:
                 make(file.parent, run.unfinished(sampling(name)))
-            stage.done(SamplesRecord(policy.sampling_steps(name), read_notes(file).get(RUNTIME, "")))
+            if is_first():
+                stage.done(SamplesRecord(policy.sampling_steps(name), read_notes(file).get(RUNTIME, "")))
 
 
 def _in_parts(make: Callable[[Path, Path], None], folder: Path) -> None:
@@ -108,14 +113,24 @@ def _make_images(
     models: TrainedModels,
     folder: Path,
     batch_folder: Path,
+    together: bool,
 ) -> None:
     variant = _variant(policy, prepared, run, console, name=name, calibration=calibration, models=models)
     count, batch = policy.evaluation.images, policy.evaluation.batch_size
     with counting(console, f"sample {name}", count * variant.steps) as advance:
         kept = images_or_latents(prepared.model, decoded=policy.takes_pictures)
         samples = sample_rows(
-            variant, count, policy.evaluation.seed, batch, kept=kept, advance=advance, batch_folder=batch_folder
+            variant,
+            count,
+            policy.evaluation.seed,
+            batch,
+            kept=kept,
+            advance=advance,
+            batch_folder=batch_folder,
+            together=together,
         )
+    if not is_first():
+        return
     if pictures_of(samples) is None and (decode := decoder_of(prepared.model)) is not None:
         with working(console, f"sample {name}: decoding"):
             samples["pictures"] = to_uint8(torch.from_numpy(decode(samples["latents"][:PICTURES].numpy())))

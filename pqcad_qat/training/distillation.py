@@ -12,7 +12,7 @@ Not here: the loop (trainer.py), and targets where the sampler clips x_0 (clippe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -80,6 +80,7 @@ def distillation_set(
     start: float = NO_FLOAT_STEPS,
     parts_folder: Path | None = None,
     stage: str = "teacher",
+    together: bool = False,
 ) -> DistillationSet:
     """Compute all targets of the student, by running the frozen teacher once from every state that the student visits.
 
@@ -98,6 +99,7 @@ def distillation_set(
         start: time from which on full precision computes the student's steps, which leaves them out of the set.
         parts_folder: folder for finished batches of trajectories, from which a later process can go on.
         stage: name of the stage, for the message of an interruption.
+        together: whether all processes of a run call this; each makes some of the batches.
 
     Raises:
         InterruptedByUserError: Ctrl-C, with `parts_folder`.
@@ -117,20 +119,26 @@ def distillation_set(
     # Where each student step should land: on the state at which the next one starts, the last one in the image.
     full = calibration.states[:, [*recorded[1:], -1]]
 
-    def batches(done: int) -> Iterator[dict[str, Tensor]]:
-        """Where the teacher lands, for all trajectories after the first `done` ones, which an earlier process made."""
-        if done:
-            advance(done * sum(len(walk) for _, walk in pairs))
-        for rows in torch.split(torch.arange(done, len(states)), batch_size):
-            condition = {name: value[rows] for name, value in calibration.condition.items()}
-            follow = guided_call(partial(predict, teacher), condition, calibration.unconditional, guidance_scale)
-            landed = [
-                landing(walk, follow, states[rows, index], schedule, advance=advance)
-                for index, (_, walk) in enumerate(pairs)
-            ]
-            yield {"landed": torch.stack(landed, dim=1)}
+    def batch(first: int, count: int) -> dict[str, Tensor]:
+        """Where the teacher lands, for some of the trajectories."""
+        rows = slice(first, first + count)
+        condition = {name: value[rows] for name, value in calibration.condition.items()}
+        follow = guided_call(partial(predict, teacher), condition, calibration.unconditional, guidance_scale)
+        landed = [
+            landing(walk, follow, states[rows, index], schedule, advance=advance)
+            for index, (_, walk) in enumerate(pairs)
+        ]
+        return {"landed": torch.stack(landed, dim=1)}
 
-    landed = gathered(parts_folder, len(states), batches, f"{stage}: trajectories")["landed"]
+    landed = gathered(
+        parts_folder,
+        len(states),
+        batch_size,
+        batch,
+        work=f"{stage}: trajectories",
+        advance=lambda rows: advance(rows * sum(len(walk) for _, walk in pairs)),
+        together=together,
+    )["landed"]
     return DistillationSet(
         states=states,
         teacher=_carrying(states, landed, steps, schedule),

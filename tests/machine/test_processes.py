@@ -152,6 +152,15 @@ def test_processes_that_came_apart_are_an_error_at_the_next_checkpoint_and_none_
         assert found["kept"] == [EVERY]
 
 
+def test_what_is_gathered_is_made_by_both_and_goes_on_where_one_of_them_failed(pair: Pair) -> None:
+    first, second = pair.ended("gathered")
+    # batches in turn; the one behind the batch that failed is made again, now by the other process
+    assert first["made"] == [0, 4, 8, 6]
+    assert second["made"] == [2, 8]
+    assert (first["errors"], second["errors"]) == (["OtherProcessError"], ["PqcadError"])
+    assert torch.equal(pair.weights("gathered")["rows"], torch.arange(9))
+
+
 # ---- the command line under a launcher
 # -------------------------------------------------------------------------------------------
 
@@ -172,7 +181,7 @@ def launcher(*arguments: str | Path) -> list[str]:
 
 
 def flags(model: Path, *more: str) -> list[str]:
-    only = (f"evaluation.variants=[{PQ}]", "evaluation.images=2", "evaluation.batch_size=2", "evaluation.features=none")
+    only = (f"evaluation.variants=[{PQ}]", "evaluation.images=3", "evaluation.batch_size=2", "evaluation.features=none")
     return [f"--set={override}" for override in tiny_overrides(model, *only, *more)]
 
 
@@ -198,6 +207,7 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
     assert again.stdout.count("pq: going on from step ") == 1
     assert again.stdout.count("report: ") == 1
     assert "accelerate launch --multi_gpu --num_processes 2 -m pqcad_qat run" in (path / "report.json").read_text()
+    assert len(load_file(path / "samples" / f"{PQ}.safetensors")["images"]) == 3
 
     alone = [sys.executable, "-m", "pqcad_qat", "run", str(POLICIES / "smoke.yaml"), "--out", str(tmp_path / "one")]
     alone += flags(tiny_folder, "training.batch_size=8")

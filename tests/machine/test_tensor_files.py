@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,21 +19,20 @@ WHAT = "calibration: trajectories"
 
 def source(
     begun: list[int], stop: type[BaseException] | None = None, after: int = 0
-) -> Callable[[int], Iterator[dict[str, Tensor]]]:
-    """Batches of two rows; notes where it begins, and ends with an error after so many batches."""
+) -> Callable[[int, int], dict[str, Tensor]]:
+    """Batches of two rows; notes where each begins, and ends with an error after so many of them."""
 
-    def batches(done: int) -> Iterator[dict[str, Tensor]]:
-        begun.append(done)
-        for number, first in enumerate(range(done, 7, 2)):
-            if stop is not None and number == after:
-                raise stop("cut off")
-            yield {"rows": ROWS[first : first + 2], "doubled": 2 * ROWS[first : first + 2]}
+    def batch(first: int, count: int) -> dict[str, Tensor]:
+        if stop is not None and len(begun) == after:
+            raise stop("cut off")
+        begun.append(first)
+        return {"rows": ROWS[first : first + count], "doubled": 2 * ROWS[first : first + count]}
 
-    return batches
+    return batch
 
 
 def whole(parts: Path | None, begun: list[int]) -> dict[str, Tensor]:
-    return gathered(parts, 7, source(begun), WHAT)
+    return gathered(parts, 7, 2, source(begun), work=WHAT)
 
 
 def test_all_rows_come_in_order_with_parts_and_without(tmp_path: Path) -> None:
@@ -46,19 +45,21 @@ def test_all_rows_come_in_order_with_parts_and_without(tmp_path: Path) -> None:
 def test_work_that_failed_goes_on_behind_its_last_part(tmp_path: Path) -> None:
     begun: list[int] = []
     with pytest.raises(ValueError, match="cut off"):
-        gathered(tmp_path, 7, source(begun, ValueError, after=2), WHAT)
-    found = whole(tmp_path, begun)
-    assert begun == [0, 4]
+        gathered(tmp_path, 7, 2, source(begun, ValueError, after=2), work=WHAT)
+    left: list[int] = []
+    found = gathered(tmp_path, 7, 2, source(begun), work=WHAT, advance=left.append)
+    assert begun == [0, 2, 4, 6]
+    assert left == [4]
     assert torch.equal(found["rows"], ROWS)
     whole(tmp_path, begun)
-    assert begun == [0, 4]  # nothing is left to do
+    assert begun == [0, 2, 4, 6]  # nothing is left to do
 
 
 def test_whoever_interrupts_is_told_how_much_is_kept(tmp_path: Path) -> None:
     with pytest.raises(InterruptedByUserError, match=r"^interrupted in calibration: 4 of 7 trajectories are kept$"):
-        gathered(tmp_path, 7, source([], KeyboardInterrupt, after=2), WHAT)
+        gathered(tmp_path, 7, 2, source([], KeyboardInterrupt, after=2), work=WHAT)
     with pytest.raises(KeyboardInterrupt):
-        gathered(None, 7, source([], KeyboardInterrupt, after=2), WHAT)
+        gathered(None, 7, 2, source([], KeyboardInterrupt, after=2), work=WHAT)
 
 
 @pytest.mark.parametrize("keep", [0, 7, -3])
@@ -69,7 +70,7 @@ def test_a_damaged_part_and_those_behind_it_are_made_again(keep: int, tmp_path: 
     (tmp_path / ".rows-000000006.safetensors.17").write_text("half")
     begun: list[int] = []
     found = whole(tmp_path, begun)
-    assert begun == [2]
+    assert begun == [2, 4, 6]
     assert torch.equal(found["rows"], ROWS)
     assert [path.name for path in tmp_path.glob(".*")] == []
 
@@ -79,7 +80,7 @@ def test_parts_behind_a_missing_one_are_made_again(tmp_path: Path) -> None:
     sorted(tmp_path.iterdir())[1].unlink()
     begun: list[int] = []
     assert torch.equal(whole(tmp_path, begun)["rows"], ROWS)
-    assert begun == [2]
+    assert begun == [2, 4, 6]
 
 
 def test_what_goes_on_has_the_layout_in_memory_of_what_was_never_cut_off(tmp_path: Path) -> None:
@@ -87,10 +88,10 @@ def test_what_goes_on_has_the_layout_in_memory_of_what_was_never_cut_off(tmp_pat
         memory_format=torch.channels_last
     )
     found = [
-        gathered(parts, 4, lambda done: ({"x": images[k : k + 2]} for k in range(done, 4, 2)), WHAT)["x"]
+        gathered(parts, 4, 2, lambda first, count: {"x": images[first : first + count]}, work=WHAT)["x"]
         for parts in (None, tmp_path)
     ]
-    again = gathered(tmp_path, 4, lambda _: pytest.fail("made again"), WHAT)["x"]
+    again = gathered(tmp_path, 4, 2, lambda *_: pytest.fail("made again"), work=WHAT)["x"]
     assert {tensor.stride() for tensor in (*found, again)} == {(192, 64, 8, 1)}
     assert torch.equal(found[0], again)
 
@@ -100,7 +101,7 @@ def test_a_file_that_cannot_be_written_leaves_the_one_that_was_there(
 ) -> None:
     save_tensors({"x": ROWS}, tmp_path / "file.safetensors")
 
-    def fail(_tensors: dict[str, Tensor], path: Path) -> None:
+    def fail(_tensors: dict[str, Tensor], path: Path, _notes: object) -> None:
         path.write_bytes(b"half")
         raise ValueError("no")
 

@@ -22,7 +22,7 @@ from pqcad_qat.models.part_fit import check_decoder, picture_shape
 from pqcad_qat.models.pipeline_parts import VQ, PipelineParts, pipeline_parts
 from pqcad_qat.models.vae import decoded
 from pqcad_qat.sampling.trajectory import noise_schedule, trajectory
-from pqcad_qat.stages.samplers import decoder_of
+from pqcad_qat.stages.kept_images import decoder_of
 
 STEPS = 5
 

@@ -21,12 +21,14 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState, debug_launcher
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_stage import Matching, batches, network
 from torch import Tensor, nn
 
 from pqcad_qat.errors import PqcadError
-from pqcad_qat.machine.processes import is_reporter, launched, process_count
+from pqcad_qat.machine.content_store import parts_folder, shared_folder
+from pqcad_qat.machine.processes import is_first, is_reporter, launched, process_count
+from pqcad_qat.machine.tensor_files import gathered, save_tensors
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
@@ -167,6 +169,33 @@ def broken_once(folder: Path) -> Callable[[int], Batch]:
     return source
 
 
+def gathering(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A shared folder that both fill: the first attempt fails at a batch of one process, and the next goes on."""
+    made: list[int] = []
+    errors = []
+
+    def rows(fails_at: int | None) -> Callable[[Path], None]:
+        def batch(first: int, count: int) -> dict[str, Tensor]:
+            if first == fails_at:
+                raise PqcadError("the disk is full")
+            made.append(first)
+            return {"rows": torch.arange(first, first + count)}
+
+        def make(draft: Path) -> None:
+            found = gathered(parts_folder(draft), 9, 2, batch, work="making: rows", together=True)
+            if is_first():
+                save_tensors(found, draft / "rows.safetensors")
+
+        return make
+
+    for fails_at in (6, None, 0):  # what is there is not made again
+        try:
+            shared = shared_folder(folder, {"rows": 9}, rows(fails_at), together=True)
+        except PqcadError as error:
+            errors.append(type(error).__name__)
+    return {"made": made, "errors": errors}, load_file(shared / "rows.safetensors")
+
+
 def scenarios(folder: Path) -> Mapping[str, Callable[[Path], tuple[dict[str, Any], dict[str, Tensor]]]]:
     return {
         "floating": lambda path: stage(path, floating=True),
@@ -178,6 +207,7 @@ def scenarios(folder: Path) -> Mapping[str, Callable[[Path], tuple[dict[str, Any
         "resumed": lambda path: stage(path.with_name("interrupted")),
         "first fails": lambda path: stage(path, meddling=failing(0)),
         "second fails": lambda path: stage(path, meddling=failing(1)),
+        "gathered": gathering,
         "drift": lambda path: stage(path, meddling=drifting(1)),
     }
 

@@ -39,7 +39,7 @@ from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quality.clip_score import clip_digest
 from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.serving.text_to_image import TextToImage
-from pqcad_qat.stages.samplers import decoder_of
+from pqcad_qat.stages.kept_images import decoder_of
 
 SHORT = (
     "progressive.steps=2",
