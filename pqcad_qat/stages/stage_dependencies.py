@@ -317,6 +317,11 @@ def training_steps(policy: Policy, stage: str) -> int | None:
     return steps if isinstance(steps, int) else None
 
 
+def control_is_pq(policy: Policy, prepared: Prepared) -> bool:
+    """Whether fixed-bit training is the very training of `pq`, as at 8 bits: no layer's width changes on the way."""
+    return PQ in stages_of(policy.variants) and all(len(layer.ladder) == 1 for layer in prepared.plan)
+
+
 def most_steps(policy: Policy, stage: str) -> int:
     """Number of training steps of a training stage, or the largest one that a stage may find."""
     steps = training_steps(policy, stage)

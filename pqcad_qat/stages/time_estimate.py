@@ -22,6 +22,7 @@ from pqcad_qat.models.denoiser import DenoiserInput, predict
 from pqcad_qat.models.untrained import noise_inputs
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import (
+    FIXED_BIT,
     FLOAT_STEPS,
     OPENVINO,
     PTQ,
@@ -39,7 +40,7 @@ from pqcad_qat.stages.float_steps import measured, students_sampled
 from pqcad_qat.stages.fresh_images import IMAGES
 from pqcad_qat.stages.int8_sampler import in_int8
 from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared, calibration_recipe
-from pqcad_qat.stages.stage_dependencies import BASELINE_INPUTS, most_steps, sampling, training_steps
+from pqcad_qat.stages.stage_dependencies import BASELINE_INPUTS, control_is_pq, most_steps, sampling, training_steps
 from pqcad_qat.stages.step_costs import POINTS
 from pqcad_qat.stages.train import whole_batch
 from pqcad_qat.timing.baseline_trials import NNCF_SETTINGS
@@ -173,6 +174,8 @@ class _Estimate:
     def training(self, stage: str) -> float:
         """Its training steps, and the images of the sets of weights that it may keep."""
         policy, step = self.policy, self.pace.step or 0.0
+        if stage == FIXED_BIT and control_is_pq(policy, self.prepared):
+            return 0.0
         seconds = most_steps(policy, stage) * step
         if training_steps(policy, stage) is None and policy.training.minutes is not None:
             stages = [name for name in TRAINED if name in stages_of(policy.variants)]

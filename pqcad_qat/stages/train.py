@@ -34,11 +34,11 @@ from pqcad_qat.sampling.trajectory import initial_noise, landing
 from pqcad_qat.stages.held_out_images import MeasuredImages, measured_images
 from pqcad_qat.stages.prepared import CALIBRATION, Prepared, calibration_recipe
 from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
-from pqcad_qat.stages.stage_dependencies import loss_weights, most_steps
+from pqcad_qat.stages.stage_dependencies import control_is_pq, loss_weights, most_steps
 from pqcad_qat.stages.stage_records import CalibrationRecord, FloatStepsRecord, StepCostsRecord, TrainingRecord
 from pqcad_qat.stages.step_costs import step_costs, weights_by_time
 from pqcad_qat.stages.trained_models import TrainedModels
-from pqcad_qat.stages.training_task import TrainingTask, train
+from pqcad_qat.stages.training_task import TrainingTask, take_over, train
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, BatchSource, Callback
 from pqcad_qat.training.distillation import (
@@ -132,8 +132,12 @@ def fixed_bit(
     """Train the fixed-bit control: the same seed, steps and data, at the target widths from the first training step,
     beginning with the model of `ptq`.
 
-    Where `pq` has found its number of steps by itself, the control takes as many, at the same learning rates.
+    Where `pq` has found its number of steps by itself, the control takes as many, at the same learning rates. Where no
+    layer's width changes on the way, as at 8 bits, `pq` is this very training.
     """
+    if control_is_pq(policy, prepared):
+        take_over(run, console, name=FIXED_BIT, trained=PQ)
+        return
 
     def task() -> TrainingTask:
         model = copy.deepcopy(models.of(PTQ))

@@ -122,6 +122,24 @@ def train(
             models.keep(name, fitted[0])
 
 
+def take_over(run: RunFolder, console: Console, *, name: str, trained: str) -> None:
+    """Let the stage `name` keep what `trained` has trained, where both train the same model in the same way."""
+    with run.stage(name, together=True) as stage:
+        if not stage.new:
+            return
+        record = run.read_always(trained, TrainingRecord)
+        end = None if record.end is None else replace(record.end, training_s=0.0)
+        with agreed() as first:
+            if first:
+                console.print(
+                    f"{name}: the model of {trained}, for no layer's width changes on the way", highlight=False
+                )
+                for path in (WEIGHTS, TRANSITIONS, "logs/{}.jsonl"):
+                    shutil.copyfile(run.path / path.format(trained), run.path / path.format(name))
+                write_file(run.path / ENDS.format(name), json.dumps(None if end is None else asdict(end)))
+        stage.done(replace(record, end=end))
+
+
 def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *, folder: Path) -> None:
     """Train, and write into `folder` the files that a run's folder holds for a trained stage."""
     given = task.model if task.given is None else task.given

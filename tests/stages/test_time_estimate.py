@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,12 @@ def test_training_takes_its_steps_or_its_share_of_the_minutes(tiny_folder: Path,
     assert estimate(tiny_folder, prepared, *found, "training.minutes=10", of=PQ) == 60 * 10 / 2 + images
     assert estimate(tiny_folder, prepared, *found, "training.minutes=1000", of=PQ) == 50 * 100 + images
     assert estimate(tiny_folder, prepared, *found, "training.minutes=null", of=PQ) == 50 * 100 + images
+
+
+def test_a_control_that_is_pq_itself_takes_no_time(tiny_folder: Path, prepared: Prepared) -> None:
+    alike = replace(prepared, plan=tuple(replace(layer, ladder=(layer.weights.bits,)) for layer in prepared.plan))
+    assert estimate(tiny_folder, alike, of=FIXED_BIT) == 0
+    assert estimate(tiny_folder, alike, of=PQ) == estimate(tiny_folder, prepared, of=PQ) > 0
 
 
 def test_what_layers_read_is_watched_once_by_the_first_stage_that_is_to_do(

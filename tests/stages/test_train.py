@@ -190,3 +190,27 @@ def test_a_run_of_low_rank_keeps_weights_that_differ_from_those_it_began_with_by
         assert 2 in ranks
     moved = {key for key in given if not key.startswith(tuple(layers)) and not torch.equal(given[key], taught[key])}
     assert any(key.endswith("norm1.weight") for key in moved)
+
+
+def test_where_no_width_changes_the_control_is_pq_itself_and_what_it_would_have_been_trained_to(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    wide = ("quantization.layers.body.weights.bits=7", "progressive.ladder=[7]", "training.learning_rate=1e-3")
+    printed = io.StringIO()
+    for name, variants in (("both", f"[{PQ},{FIXED_BIT}]"), ("control", f"[{FIXED_BIT}]")):
+        overrides = tiny_overrides(tiny_folder, *QUIET, *wide, f"evaluation.variants={variants}")
+        with without_images():
+            pipeline.run(load_policy(SMOKE, overrides), tmp_path / name, "command", Console(file=printed))
+    assert f"{FIXED_BIT}: the model of {PQ}" in printed.getvalue()
+    taken, trained, alone = (
+        load_file(tmp_path / run / WEIGHTS.format(stage))
+        for run, stage in (("both", FIXED_BIT), ("both", PQ), ("control", FIXED_BIT))
+    )
+    assert taken.keys() == trained.keys() == alone.keys()
+    assert [name for name, value in taken.items() if not torch.equal(value, trained[name])] == []
+    assert [name for name, value in taken.items() if not torch.equal(value, alone[name])] == []
+    ends = [RunFolder(tmp_path / run).read_always(FIXED_BIT, TrainingRecord).end for run in ("both", "control")]
+    assert ends[0] is not None
+    assert ends[1] is not None
+    assert ends[0].training_s == 0 < ends[1].training_s
+    assert ends[0].held_out == ends[1].held_out
