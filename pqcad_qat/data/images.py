@@ -235,7 +235,11 @@ def picture_files(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
         files for subfolder in sorted(folder.iterdir()) if subfolder.is_dir() and (files := _suffixed(subfolder))
     ]
     if not classes:
-        raise ModelError(f"{folder}: got no picture, in it or in its subfolders; allowed {', '.join(PICTURE_SUFFIXES)}")
+        deeper = next((path.parent for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES), None)
+        raise ModelError(
+            f"{folder}: got no picture, in it or in its subfolders; allowed {', '.join(PICTURE_SUFFIXES)}"
+            f"{'' if deeper is None else f', as in {deeper}'}"
+        )
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes])
     return [path for files in classes for path in files], labels
 

@@ -161,7 +161,12 @@ def test_one_subfolder_a_class_gives_labels(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_readable_pictures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="got no picture, in it"):
+    with pytest.raises(ModelError, match=r"got no picture, in it or in its subfolders; allowed [^/]*$"):
+        load_images("folder", str(tmp_path), 8)
+    deep = tmp_path / "train" / "cats"
+    deep.mkdir(parents=True)
+    Image.new("L", (8, 8)).save(deep / "0.png")
+    with pytest.raises(ModelError, match=f"got no picture, in it or in its subfolders; .*, as in {deep}$"):
         load_images("folder", str(tmp_path), 8)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(ModelError, match=r"broken\.png: got no readable picture"):
