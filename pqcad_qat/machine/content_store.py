@@ -48,15 +48,13 @@ def shared_folder(
         return folder
     locks = store / LOCKS
     locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / folder.name) if alone or is_first() else nullcontext():
-        # by another process, meanwhile; the first process of several holds the lock and decides for all
-        missing = not folder.exists()
-        if missing if alone else any_process(is_first() and missing):
+    decides_for_all = alone or is_first()
+    with FileLock(locks / folder.name) if decides_for_all else nullcontext():
+        missing = decides_for_all and not folder.exists()  # another run may have made it meanwhile
+        if missing if alone else any_process(missing):
             draft.mkdir(exist_ok=True)
             _fill(draft, folder, make, together=not alone)
-        elif draft.exists() and (
-            alone or is_first()
-        ):  # left by a process that was killed after it had moved the folder
+        elif decides_for_all and draft.exists():  # left by a process that was killed after it had moved the folder
             shutil.rmtree(draft)
     return folder
 
@@ -75,16 +73,16 @@ def parts_folder(folder: Path) -> Path:
 def _fill(draft: Path, folder: Path, make: Callable[[Path], None], *, together: bool) -> None:
     """Fill the draft and move it into place; a failure leaves nothing but the parts."""
     whole, unfinished = draft / WHOLE, draft / PARTS
-    first = not together or is_first()
+    first, step = not together or is_first(), agreed if together else nullcontext
     try:
-        with agreed() if together else nullcontext():
+        with step():
             if first:
                 for leftover in [entry for entry in draft.iterdir() if entry != unfinished]:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
                 whole.mkdir()
-        with agreed() if together else nullcontext():
+        with step():
             make(whole)
-        with agreed() if together else nullcontext():
+        with step():
             if first:
                 whole.rename(folder)
     finally:

@@ -74,6 +74,7 @@ STUDIES = {
     "extremes-digits": (6, 3),
     "post-training": (36, 1),
     "low-rank": (6, 3),
+    "starts": (6, 3),
     "smoke": (2, 1),
     "paper": (4, 1),
 }
