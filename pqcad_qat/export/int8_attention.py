@@ -183,15 +183,12 @@ class _Attending(TorchFunctionMode):
         if arguments.get("attn_mask") is not None or arguments.get("is_causal") or arguments.get("enable_gqa"):
             self.masked[self.calls[-1]] = None
             return func(*args, **kwargs)
-        scale = arguments.get("scale")
-        query = arguments["query"]
-        return self.compute(
-            self.calls[-1],
-            query,
-            arguments["key"],
-            arguments["value"],
-            query.shape[-1] ** -0.5 if scale is None else float(scale),
-        )
+        scale, query = arguments.get("scale"), arguments["query"]
+        if scale is None:
+            # int: a traced size would be computed at each call of a graph of any size, and be one input more to the
+            # node in which OpenVINO runs the attention
+            scale = int(query.shape[-1]) ** -0.5
+        return self.compute(self.calls[-1], query, arguments["key"], arguments["value"], float(scale))
 
 
 @contextmanager
