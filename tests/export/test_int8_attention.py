@@ -83,6 +83,18 @@ def test_quantized_products_are_near_and_only_within_the_context() -> None:
     torch.testing.assert_close(model(X, T), exact, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_attention_computes_no_size() -> None:
+    """In a graph of any size that would be one input more to the node of both products, which OpenVINO fuses with VNNI,
+    and the node would not be known.
+    """
+    model = Attends()
+    with quantized_attention(model, attention_ranges(model, [(X, T, {})])):
+        traced = torch.jit.trace(model, (X, T), check_trace=False)
+    assert "aten::softmax" in str(traced.inlined_graph)
+    assert "aten::size" not in str(traced.inlined_graph)
+
+
 def test_values_that_are_no_numbers_are_named() -> None:
     with pytest.raises(ExportError, match="attention: its attention got NaN or infinity"):
         attention_ranges(Attends(), [(X * torch.inf, T, {})])
