@@ -83,7 +83,7 @@ def sweep(
     if jobs > 1 and scheduler is not None:
         raise UsageError("--jobs: got a number beside --scheduler, whose workers say how many run at once; allowed one")
     if jobs > 1 or scheduler is not None:
-        _refuse_timings(waiting, f"--jobs: got {jobs}" if scheduler is None else f"--scheduler: got {scheduler}")
+        _refuse_timings(waiting, "--jobs" if scheduler is None else "--scheduler", scheduler or jobs)
     check_cells(waiting, console, own)
     failed: dict[str, str] = {}
     with progress_bar(console, lines=False) as bar:
@@ -262,13 +262,13 @@ def _run_cell(cell: Cell, *, folder: Path, command: str, console: Console, own: 
     return None
 
 
-def _refuse_timings(cells: Sequence[Cell], asked: str) -> None:
+def _refuse_timings(cells: Sequence[Cell], option: str, value: object) -> None:
     timing = [cell.name for cell in cells if "benchmark" in stages_of(cell.policy.variants)]
     timed = [name for name, spec in VARIANTS.items() if "benchmark" in spec.stages]
     if timing:
         raise StudyError(
-            f"{asked}, but {len(timing)} cells time models, which others beside them would disturb: {timing[0]}, "
-            f"...; allowed one at a time, or no deploy and evaluation.variants without {', '.join(timed)}"
+            f"{option}: got {value}, but {len(timing)} cells time models, which others beside them would disturb: "
+            f"{timing[0]}, ...; allowed one at a time, or no deploy and evaluation.variants without {', '.join(timed)}"
         )
 
 

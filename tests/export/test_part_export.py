@@ -229,7 +229,8 @@ def test_the_report_has_the_size_and_the_psnr_of_every_part(narrow: DeployedPipe
     found = {parity.part: parity for parity in part_parity(parts, narrow.folder)}
     assert {name: parity.format for name, parity in found.items()} == formats
     assert found["vae_encoder"].psnr is not None
-    assert found["vae_encoder"].psnr > 60 > (found["vae_decoder"].psnr or 0) > 20
+    # a part in floating point runs in bfloat16 where the CPU has it
+    assert found["vae_encoder"].psnr > 50 > (found["vae_decoder"].psnr or 0) > 20
     assert all(parity.size_bytes > 1000 for parity in found.values())
 
 

@@ -20,7 +20,9 @@ from pqcad_qat.policy.variants import (
     FIXED_BIT,
     FP32,
     FP32_HALF,
+    IN_INT8,
     NNCF_INT8,
+    OPENVINO,
     OV_BF16,
     OV_FP32,
     PQ,
@@ -29,6 +31,8 @@ from pqcad_qat.policy.variants import (
     PQCAD,
     PQCAD_OPENVINO,
     PTQ_OPENVINO,
+    PYTORCH,
+    SIMULATED,
     TRAINED,
     exporting,
 )
@@ -44,6 +48,7 @@ from pqcad_qat.stages.stage_records import (
     EvaluationRecord,
     ExportRecord,
     FloatStepsRecord,
+    SamplesRecord,
     TrainingRecord,
 )
 from pqcad_qat.training.stage_end import StageEnd
@@ -83,6 +88,7 @@ def facts(tiny_run: FinishedRun) -> RunFacts:
         exports={PQCAD: read_export(folder)},
         baselines=folder.read("baselines", BaselinesRecord),
         benchmark=replace(benchmark, timings={name: steady(median) for name, median in MEDIANS.items()}),
+        samples={FIXED_BIT: SamplesRecord(4, IN_INT8)},
         ends=ends_of(folder),
         seconds=folder.seconds(),
         warnings=("a warning",),
@@ -120,6 +126,11 @@ def test_rows_hold_milliseconds_a_step_times_steps(facts: RunFacts) -> None:
     assert (rows[FP32_HALF].latency_ms_per_step, rows[FP32_HALF].latency_ms_per_image) == (40.0, 80.0)
     assert (rows[PQCAD_OPENVINO].latency_ms_per_step, rows[PQCAD_OPENVINO].latency_ms_per_image) == (5.0, 10.0)
     assert rows[PQ].latency_ms_per_step is None
+
+
+def test_a_row_names_what_computed_its_images(facts: RunFacts) -> None:
+    rows = {row.name: row.runtime for row in report_of(facts).variants}
+    assert (rows[FP32], rows[FIXED_BIT], rows[PQ], rows[PQCAD_OPENVINO]) == (PYTORCH, IN_INT8, SIMULATED, OPENVINO)
 
 
 def test_a_step_of_a_batch_is_shared_by_its_images(facts: RunFacts) -> None:
