@@ -37,9 +37,9 @@ from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.samplers import Sampler, deployed_variant
 
-WORTH_A_GRAPH = 2e10
+WORTH_A_GRAPH = 5e9
 """Denoiser calls times parameters from which on a graph is made. Making and proving one takes some 10 seconds and more
-for large models, in which PyTorch simulates about as many calls.
+for large models, in which PyTorch simulates about as many calls (NOTES.md).
 """
 
 
