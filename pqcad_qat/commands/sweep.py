@@ -109,7 +109,7 @@ def sweep(
                 apart = partial(
                     _run_quietly, folder=folder.resolve(), command=command, threads=pool.threads, module=module
                 )
-                with _endings_told(folder, console):
+                with _endings_told(folder, console, pool.interrupted):
                     side_by_side(pool, waiting, apart, begin=begin, end=end)
     comparison = _write_table(study, folder, command)
     if failed:
@@ -217,7 +217,7 @@ def _in_turn(cells: Sequence[Cell], run_cell: RunCell, *, begin: Begin, end: End
 
 
 @contextmanager
-def _endings_told(folder: Path, console: Console) -> Iterator[None]:
+def _endings_told(folder: Path, console: Console, interrupted: str) -> Iterator[None]:
     """Explain what ends cells that run side by side.
 
     Raises:
@@ -231,7 +231,7 @@ def _endings_told(folder: Path, console: Console) -> Iterator[None]:
             "allowed fewer at a time, which need less: the same command goes on"
         ) from None
     except KeyboardInterrupt:
-        console.print("interrupted: waiting for the cells at work to write their checkpoints")
+        console.print(f"interrupted: {interrupted}")
         raise
 
 

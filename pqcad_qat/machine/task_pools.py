@@ -12,12 +12,12 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from pqcad_qat import __version__
 from pqcad_qat.errors import UsageError
 from pqcad_qat.machine.cores import usable_cores
 from pqcad_qat.machine.files import write_file
@@ -55,12 +55,14 @@ class Pool:
         room: function that tells how many can run at once now.
         threads: function that a task calls where it runs: the number of threads that it should take.
         losses: exceptions that say that a task's process has died.
+        interrupted: what becomes of the tasks at work when this process is interrupted, in words.
     """
 
     executor: Executor
     room: Callable[[], int]
     threads: Callable[[], int]
     losses: tuple[type[Exception], ...]
+    interrupted: str
 
 
 @contextmanager
@@ -68,7 +70,13 @@ def local_processes(count: int) -> Iterator[Pool]:
     """A pool of so many processes at a time on this machine, a new one for each task."""
     with ProcessPoolExecutor(count, mp_context=get_context("spawn"), max_tasks_per_child=1) as executor:
         share = max(1, usable_cores() // count)
-        yield Pool(executor, lambda: count, partial(int, share), (BrokenProcessPool,))
+        yield Pool(
+            executor,
+            room=lambda: count,
+            threads=partial(int, share),
+            losses=(BrokenProcessPool,),
+            interrupted="waiting for the cells at work to write their checkpoints",
+        )
 
 
 @contextmanager
@@ -102,9 +110,10 @@ def dask_workers(address: str, folder: Path) -> Iterator[Pool]:
         workers = Counter(map(_host, client.nthreads()))
         yield Pool(
             client.get_executor(pure=False),
-            lambda: max(1, len(client.nthreads())),
-            partial(_share_of_worker, workers),
-            (KilledWorker,),
+            room=lambda: max(1, len(client.nthreads())),
+            threads=partial(_share_of_worker, workers),
+            losses=(KilledWorker,),
+            interrupted="the workers go on with the cells at work",
         )
 
 
@@ -142,7 +151,7 @@ def _check_workers(client: Any, folder: Path) -> None:
 
 def package_version() -> str:
     """Version of this package where this is called."""
-    return version("pqcad-qat")
+    return __version__
 
 
 def _share_of_worker(workers: Mapping[str, int]) -> int:

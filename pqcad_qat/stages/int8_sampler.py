@@ -29,6 +29,7 @@ from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import SIMULATED, VARIANTS
 from pqcad_qat.quantization.plan_facts import expected_bytes
+from pqcad_qat.quantization.quantizable_layers import parameter_count
 from pqcad_qat.serving.compiled_sizes import FULL_PRECISION
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.serving.vnni import has_vnni
@@ -48,8 +49,8 @@ def in_int8(policy: Policy, prepared: Prepared, name: str) -> bool:
     it faster.
     """
     calls = policy.evaluation.images * policy.sampling_steps(name)
-    parameters = sum(parameter.numel() for parameter in prepared.model.denoiser.parameters())
-    return VARIANTS[name].runtime == SIMULATED and accelerator() is None and calls * parameters >= WORTH_A_GRAPH
+    work = calls * parameter_count(prepared.model.denoiser)
+    return VARIANTS[name].runtime == SIMULATED and accelerator() is None and work >= WORTH_A_GRAPH
 
 
 def int8_sampler(
@@ -76,7 +77,7 @@ def int8_sampler(
         calibration: states on which the integers are compared.
     """
     request = denoiser_request(policy, prepared, name=name, model=model, calibration=calibration)
-    request = replace(request, batch_size=policy.evaluation.batch_size)
+    request = replace(request, batch_size=min(policy.evaluation.batch_size, policy.evaluation.images))
     if not has_vnni() and any(map(needs_vnni, request.layers.values())):
         return None
     try:

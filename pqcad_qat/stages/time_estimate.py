@@ -35,6 +35,7 @@ from pqcad_qat.policy.variants import (
 from pqcad_qat.quantization.conversion import frozen_weights, quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_state import set_input_range
 from pqcad_qat.quantization.learned_rounding import BATCH
+from pqcad_qat.quantization.quantizable_layers import parameter_count
 from pqcad_qat.stages import held_out_images
 from pqcad_qat.stages.float_steps import measured, students_sampled
 from pqcad_qat.stages.fresh_images import IMAGES
@@ -115,7 +116,7 @@ class _Estimate:
         self.steps, self.student_steps = policy.sampler.steps, policy.distillation.student_steps
         self.calls = 1 if policy.sampler.guidance_scale == 1.0 else 2  # of a sampling step
         self.images = min(IMAGES, policy.calibration.trajectories)
-        self.parameters = sum(parameter.numel() for parameter in prepared.model.denoiser.parameters())
+        self.parameters = parameter_count(prepared.model.denoiser)
 
     def tries_float_steps(self, stage: str) -> bool:
         return stage == FLOAT_STEPS and measured(self.policy, self.prepared.schedule)

@@ -194,7 +194,8 @@ def _sampler(
 
 def shown_variants(policy: Policy, run: RunFolder) -> tuple[str, ...]:
     """Variants that images are made of, without the baselines that failed."""
-    return tuple(name for name in sampled(policy) if name in runnable(policy, run))
+    made = runnable(policy, run)
+    return tuple(name for name in sampled(policy) if name in made)
 
 
 def images_file(run: RunFolder, name: str) -> Path:

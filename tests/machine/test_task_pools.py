@@ -118,7 +118,7 @@ def test_clusters_that_do_not_fit_are_refused(cluster: Any, tmp_path: Path, monk
         with pytest.raises(UsageError, match=f"which does not see {tmp_path}"), dask_workers(address, tmp_path):
             pass
     with monkeypatch.context() as patch:
-        patch.setattr(task_pools, "version", lambda _: "0.0.1")  # of this process alone
+        patch.setattr(task_pools, "__version__", "0.0.1")  # of this process alone
         with pytest.raises(UsageError, match=r"allowed 0\.0\.1, as here"), dask_workers(address, tmp_path):
             pass
 
