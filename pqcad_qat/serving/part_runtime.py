@@ -28,6 +28,13 @@ from pqcad_qat.serving.runtime import Float32
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+ONE_STREAM: Mapping[str, int] = {"NUM_STREAMS": 1}
+"""OpenVINO property of every text encoder, whatever the caller asks for.
+
+Why: with several streams in BF16, OpenVINO 2026.4 now and then compiles a layer of compressed weights to wrong ones,
+where a width is not a multiple of 64. All pictures of that process are then wrong. NOTES.md has the measurement.
+"""
+
 
 class PromptEncoder:
     """A text encoder and its tokenizer, compiled for one prompt at a time; any number of threads may call it.
@@ -49,7 +56,7 @@ class PromptEncoder:
             folder: the deployed folder.
             part: text_encoder, text_encoder_2 or text_encoder_3.
             device: OpenVINO's name of the device.
-            properties: OpenVINO properties that override the defaults.
+            properties: OpenVINO properties that override the defaults, but ONE_STREAM.
 
         Raises:
             ModelError: the files of the encoder or its tokenizer cannot be read, or the library tokenizers is not
@@ -75,7 +82,7 @@ class PromptEncoder:
 
     def _compile(self, graph: ov.Model) -> Requests:
         reshape_part(graph, (1, self.tokens), self._part)
-        return Requests(compile_graph(graph, shared_core(), self._device, self._properties))
+        return Requests(compile_graph(graph, shared_core(), self._device, {**(self._properties or {}), **ONE_STREAM}))
 
     def drop(self) -> None:
         """Free the memory of the graph, which the next call reads and compiles again."""

@@ -34,6 +34,7 @@ from pqcad_qat.models.part_fit import check_decoder, check_text_width
 from pqcad_qat.models.pipeline_parts import VAE, PipelineParts, pipeline_parts
 from pqcad_qat.models.vae import decoded, to_decoder
 from pqcad_qat.sampling.trajectory import noise_schedule, trajectory
+from pqcad_qat.serving.compiled_graph import compile_graph
 from pqcad_qat.serving.deployed_folder import copy_folder, denoiser_bytes, read_manifest, tokenizer_of
 from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.serving.part_runtime import PromptEncoder
@@ -186,6 +187,22 @@ PROMPTS = (
     "a cat on a dog, and a cat, and a dog, and a cat",
     "ein Käse \u2192 \U0001f408",
 )
+
+
+def test_a_text_encoder_has_one_stream_whatever_is_asked_for(
+    narrow: DeployedPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # with more, OpenVINO may compile other weights on CPUs with BF16: part_runtime.ONE_STREAM
+    made: list[ov.CompiledModel] = []
+
+    def noted(*args: Any) -> ov.CompiledModel:
+        made.append(compile_graph(*args))
+        return made[-1]
+
+    monkeypatch.setattr("pqcad_qat.serving.part_runtime.compile_graph", noted)
+    for asked in ({"PERFORMANCE_HINT": "THROUGHPUT"}, {"NUM_STREAMS": 2}, None):
+        PromptEncoder(narrow.folder, "text_encoder", properties=asked)
+        assert made[-1].get_property("NUM_STREAMS") == 1
 
 
 @pytest.mark.parametrize("kind", ["stable-diffusion-xl", "stable-diffusion-3"])
