@@ -66,7 +66,9 @@ def check(driver: webdriver.Chrome, url: str, shot: Path, *, beside: bool) -> No
     button.click()
     wait(60, lambda: len(pictures(driver)) == count and not set(pictures(driver)) & set(first))
     text = driver.find_element(By.TAG_NAME, "body").text
-    note = "Both pictures begin from the same noise." if beside else "Full precision is not shown: this is no run's folder"
+    note = (
+        "Both pictures begin from the same noise." if beside else "Full precision is not shown: this is no run's folder"
+    )
     assert note in text
     severe = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert not severe, severe
