@@ -57,6 +57,58 @@ class CompiledDenoiser:
         return prediction(requests.infer(port_values(self.ports, inputs), [0])[0], height, width)
 
 
+@dataclass(frozen=True)
+class _Graphs:
+    """The graphs of a deployed folder, and how they are compiled for a size.
+
+    Attributes:
+        folder: the deployed folder.
+        manifest: its manifest.
+        device: OpenVINO's name of the device.
+        properties: OpenVINO properties that override the defaults.
+        resized: whether the folder takes other sizes than its own.
+        int8: the graph in INT8.
+        full: the graph in full precision of the float steps; None without such steps.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    device: str
+    properties: Mapping[str, Any]
+    resized: bool
+    int8: ov.Model
+    full: ov.Model | None
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of a sample."""
+        channels: int = self.manifest["sample_shape"][0]
+        return channels
+
+    def compiled(self, size: Size) -> CompiledDenoiser:
+        """The denoiser for samples of this size."""
+        manifest = {**self.manifest, "sample_shape": [self.channels, *size]}
+        graph = self._sized(self.int8, manifest)
+        made = compile_graph(graph, shared_core(), self.device, self.properties)
+        ports = [port.get_names() for port in graph.inputs]
+        return CompiledDenoiser(made, ports, Requests(made), self._in_float(manifest))
+
+    def _in_float(self, manifest: Mapping[str, Any]) -> Requests | None:
+        """What runs the graph of the float steps, for this manifest's size."""
+        if self.full is None:
+            return None
+        of_full = {**manifest, "graph": f"{denoiser_part(manifest)}/{FLOAT_GRAPH}", "layers": {}}
+        graph = self._sized(self.full, of_full)
+        return Requests(compile_graph(graph, shared_core(), self.device, {**FULL_PRECISION, **self.properties}))
+
+    def _sized(self, graph: ov.Model, manifest: Mapping[str, Any]) -> ov.Model:
+        """The graph, or a copy for this manifest's size, after its check."""
+        if self.resized:
+            graph = sized(graph.clone(), manifest, self.folder / manifest["graph"])
+        check_graph(graph, manifest, self.folder)
+        return graph
+
+
 class CompiledSizes:
     """The denoiser of a deployed folder, compiled for its own size and for others as they come; any number of threads
     may ask.
@@ -84,12 +136,12 @@ class CompiledSizes:
             in_float: whether full precision computes some steps.
             sizes: the sizes that the folder takes.
         """
-        self._folder, self._manifest, self._sizes = folder, manifest, sizes
-        self._device, self._properties, self._core = device, properties, shared_core()
-        self._graph = graph_on_disk(folder, self._core)
-        self._full = float_graph_on_disk(folder, manifest, self._core) if in_float else None
-        self._channels: int = manifest["sample_shape"][0]
-        self._made = PerSize(self._compile, sizes.own)
+        self._sizes, core = sizes, shared_core()
+        full = float_graph_on_disk(folder, manifest, core) if in_float else None
+        int8 = graph_on_disk(folder, core)
+        self._graphs = _Graphs(folder, manifest, device, properties or {}, sizes.free, int8, full)
+        # not a method of this object, which would then hold itself: the graphs are freed as soon as it is dropped
+        self._made = PerSize(self._graphs.compiled, sizes.own)
         self._made.at(sizes.own)
 
     @property
@@ -103,34 +155,12 @@ class CompiledSizes:
         Raises:
             ModelError: the folder has no such samples, or OpenVINO cannot compile for them.
         """
-        fits = len(shape) == 4 and shape[1] == self._channels and shape[0] > 0
+        channels = self._graphs.channels
+        fits = len(shape) == 4 and shape[1] == channels and shape[0] > 0
         if not fits or not self._sizes.take((shape[2], shape[3])):
             free = self._sizes.free
             sides = f"H and W multiples of {self._sizes.multiple}" if free else ""
             height, width = ("H", "W") if free else self._sizes.own
-            allowed = f"(B, {self._channels}, {height}, {width}){f' with {sides}' if sides else ''}"
-            raise ModelError(f"{self._folder}: samples: got shape {tuple(shape)}; allowed {allowed}")
+            allowed = f"(B, {channels}, {height}, {width}){f' with {sides}' if sides else ''}"
+            raise ModelError(f"{self._graphs.folder}: samples: got shape {tuple(shape)}; allowed {allowed}")
         return self._made.at((shape[2], shape[3]))
-
-    def _compile(self, size: Size) -> CompiledDenoiser:
-        manifest = {**self._manifest, "sample_shape": [self._channels, *size]}
-        graph = self._sized(self._graph, manifest)
-        compiled = compile_graph(graph, self._core, self._device, self._properties)
-        return CompiledDenoiser(
-            compiled, [port.get_names() for port in graph.inputs], Requests(compiled), self._in_float(manifest)
-        )
-
-    def _in_float(self, manifest: Mapping[str, Any]) -> Requests | None:
-        """What runs the graph of the float steps, for this manifest's size."""
-        if self._full is None:
-            return None
-        of_full = {**manifest, "graph": f"{denoiser_part(manifest)}/{FLOAT_GRAPH}", "layers": {}}
-        properties = {**FULL_PRECISION, **(self._properties or {})}
-        return Requests(compile_graph(self._sized(self._full, of_full), self._core, self._device, properties))
-
-    def _sized(self, graph: ov.Model, manifest: Mapping[str, Any]) -> ov.Model:
-        """The graph, or a copy for this manifest's size, after its check."""
-        if self._sizes.free:
-            graph = sized(graph.clone(), manifest, self._folder / manifest["graph"])
-        check_graph(graph, manifest, self._folder)
-        return graph

@@ -4,7 +4,9 @@ and stopping.
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -184,6 +186,22 @@ def test_parts_may_take_memory_in_turn(where: DeployedPipeline, ours: TextToImag
     in_turn("a cat", stop=lambda: True)
     assert held(in_turn) == set()
     assert held(ours) == {*ours.encoders, "vae", "vae_encoder", "unet"}
+
+
+def test_a_dropped_part_is_freed_at_once(where: DeployedPipeline) -> None:
+    pipeline = TextToImage.from_pretrained(where.folder, properties=F32)
+    assert pipeline.encoder is not None
+    parts = [*pipeline.encoders.values(), pipeline.denoiser, pipeline.decoder, pipeline.encoder]
+    gc.collect()
+    gc.disable()  # what holds itself is freed when Python next looks for such cycles, which may be many pictures later
+    try:
+        for part in parts:
+            (kept,) = [weakref.ref(each()) for each in vars(part).values() if isinstance(each, OnDemand)]
+            assert kept() is not None
+            part.drop()
+            assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_folder_that_changed_is_not_read_again(where: DeployedPipeline, tmp_path: Path) -> None:
