@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pqcad_qat.machine.processes import is_first
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.denoiser import DenoiserInput
+from pqcad_qat.quantization.finished_blocks import FinishedBlocks, small_enough
 from pqcad_qat.quantization.layer_matching import listed
 from pqcad_qat.quantization.layer_state import QuantizedLayer, quantized_weight, weight_quantizer_of
 from pqcad_qat.quantization.model_blocks import Block, BlockArguments, arguments_of, blocks_of, results_of, rows_of
@@ -38,8 +39,8 @@ APART = 4
 """One of so many states teaches nothing; by these it is decided whether a block's shifts are kept."""
 
 LARGEST = 2**31
-"""Most bytes of what a block reads or returns, and of what blocks return that are looked at together. Where a state
-takes much, a block learns from fewer states, but at least from those of one step.
+"""Most bytes of what a block reads or returns, of what blocks return that are looked at together, and of what finished
+blocks return. Where a state takes much, a block learns from fewer states, but at least from those of one step.
 """
 
 
@@ -74,17 +75,24 @@ def learn_rounding(
         warn(message)
     learned = {block.name for place, block in enumerate(blocks) if kept is not None and _taken(block, kept, place)}
     targets: dict[str, list[Tensor]] = {}
+    finished, kept_results = (
+        FinishedBlocks(model, max(counts.values(), default=0)),
+        small_enough(blocks, counts, LARGEST),
+    )
     for place, block in enumerate(blocks):
         if block.name not in learned:
             states = _first(batches, counts[block.name])
             if block.name not in targets:
                 targets = results_of(full, _beside(blocks[place:], counts), states)
             results = targets.pop(block.name)
-            arguments = arguments_of(model, block, states)
+            with finished.returning(states):
+                arguments = arguments_of(model, block, states)
             with evaluating(model):
                 _learn(model.get_submodule(block.name), block, arguments, results, steps=steps, seed=place)
             if kept is not None and is_first():
                 save_tensors({name: layer.weight.detach() for name, layer in block.layers.items()}, _file(kept, place))
+        if block.name in kept_results:
+            finished.add(block)
         advance(len(block.layers))
 
 

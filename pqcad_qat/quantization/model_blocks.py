@@ -82,7 +82,7 @@ class BlockArguments:
         numbers, device = iter(self.of_states), device_of(module)
         chosen = [leaf[rows].to(device) if isinstance(leaf, Tensor) and next(numbers) else leaf for leaf in self.leaves]
         arguments, named = tree_unflatten(chosen, self.form)
-        return _tensors(module(*arguments, **named))
+        return tensors_of(module(*arguments, **named))
 
 
 def blocks_of(model: nn.Module, layers: Mapping[str, QuantizedLayer], batch: DenoiserInput) -> list[Block]:
@@ -142,7 +142,7 @@ def results_of(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Deno
 
     def see(name: str, _module: nn.Module, _arguments: object, output: Any) -> None:
         # copies, since what the model does next may change them in place
-        seen[-1].setdefault(name, [value.to("cpu", copy=True) for value in _tensors(output)])
+        seen[-1].setdefault(name, [value.to("cpu", copy=True) for value in tensors_of(output)])
         if name == blocks[-1].name:
             raise CallEndedError
 
@@ -206,9 +206,10 @@ def rows_of(batch: DenoiserInput, rows: list[int] | slice) -> DenoiserInput:
     return x_t[rows], t[rows], {name: value[rows] for name, value in condition.items()}
 
 
-def _tensors(values: Any) -> list[Tensor]:
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and mappings."""
     return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor)]
 
 
 def _shapes(values: Any) -> list[torch.Size]:
-    return [value.shape for value in _tensors(values)]
+    return [value.shape for value in tensors_of(values)]

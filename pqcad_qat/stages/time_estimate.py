@@ -59,8 +59,10 @@ TRIALS = 4
 CANDIDATES = 4
 """Number of sets of weights of which a training stage samples images at its end."""
 
-LAYERS_OF_BLOCK, LEARNING = 5, 6
-"""Layers of a block whose rounding is learned, and calls that a step of one state takes as long as."""
+LEARNING, WATCHED = 6, 3
+"""Where rounding is learned: calls that a step of one state takes as long as, and calls for each state that blocks
+learn from (finished_blocks.py).
+"""
 
 COLUMN, COLUMN_OF_OUTPUT = 5e-4, 2e-6
 """Seconds for which GPTQ works on one column of a weight: in any case, and for each output."""
@@ -164,9 +166,8 @@ class _Estimate:
         if section.rounding == "nearest":
             return 0.0
         if section.rounding == "learned":
-            # a block is called on average after half of the model, whose call is cut short there
-            watched = len(self.prepared.plan) / LAYERS_OF_BLOCK * section.states / 2
-            return (section.steps * BATCH * LEARNING + watched) * self.pace.quantized + section.states * self.pace.full
+            calls = section.steps * BATCH * LEARNING + section.states * WATCHED
+            return calls * self.pace.quantized + section.states * self.pace.full
         shapes = [self.prepared.split.get_parameter(f"{layer.name}.weight").shape for layer in self.prepared.plan]
         columns = sum(shape[1:].numel() * (COLUMN + COLUMN_OF_OUTPUT * shape[0]) for shape in shapes)
         # a pass ends at its last layer, so on average it is half a call
