@@ -22,7 +22,6 @@ from pqcad_qat.export.execution import INT8, loaded_precision, refuse_float
 from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.proof import layer_parity
-from pqcad_qat.export.traceable_modules import needs_vnni
 from pqcad_qat.machine.accelerators import accelerator
 from pqcad_qat.machine.files import room_for
 from pqcad_qat.machine.progress import working
@@ -45,12 +44,14 @@ for large models, in which PyTorch simulates about as many calls (NOTES.md).
 
 
 def in_int8(policy: Policy, prepared: Prepared, name: str) -> bool:
-    """Whether a variant is to sample from a graph of its own: if much is to be sampled, and no accelerator simulates
-    it faster.
+    """Whether a variant is to sample from a graph of its own: if much is to be sampled, no accelerator simulates it
+    faster, and no sums of 8-bit weights may overflow because this CPU has no VNNI.
     """
     calls = policy.evaluation.images * policy.sampling_steps(name)
     work = calls * parameter_count(prepared.model.denoiser)
-    return VARIANTS[name].runtime == SIMULATED and accelerator() is None and work >= WORTH_A_GRAPH
+    if VARIANTS[name].runtime != SIMULATED or accelerator() is not None or work < WORTH_A_GRAPH:
+        return False
+    return bool(has_vnni()) or all(layer.weights.bits < 8 for layer in prepared.plan)
 
 
 def int8_sampler(
@@ -63,10 +64,8 @@ def int8_sampler(
     model: nn.Module,
     calibration: CalibrationSet,
 ) -> Sampler | None:
-    """Return the sampler of a variant's own INT8 graph; None where PyTorch has to simulate it.
-
-    That is where the sums of a layer may overflow because this CPU has no VNNI, and where the graph is not proven, of
-    which the run warns.
+    """Return the sampler of a variant's own INT8 graph; None where the graph is not proven, of which the run warns:
+    there PyTorch has to simulate it.
 
     Args:
         policy, prepared: policy and full-precision model that it was made by.
@@ -78,8 +77,6 @@ def int8_sampler(
     """
     request = denoiser_request(policy, prepared, name=name, model=model, calibration=calibration)
     request = replace(request, batch_size=min(policy.evaluation.batch_size, policy.evaluation.images))
-    if not has_vnni() and any(map(needs_vnni, request.layers.values())):
-        return None
     try:
         with working(console, f"sample {name}: making and proving its INT8 graph"):
             deployed = _proven(prepared, run, request, calibration)

@@ -6,8 +6,7 @@ Not here: how a runtime samples (samplers.py, int8_sampler.py), and what becomes
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -63,133 +62,98 @@ def sample(
     Runs side by side share the images of variants that training does not affect. Of several processes each makes a part
     of the images, but for those of OpenVINO's variants: OpenVINO takes all cores by itself.
     """
+    images = _Images(policy, prepared, run, console, calibration, models)
     for name in shown_variants(policy, run):
-        together = VARIANTS[name].runtime != OPENVINO
+        together = _together(name)
         with run.stage(sampling(name), together=together) as stage:
             if not stage.new:
                 continue
             file = images_file(run, name)
-
-            def make(folder: Path, batch_folder: Path, name: str = name, together: bool = together) -> None:
-                _make_images(
-                    policy,
-                    prepared,
-                    run,
-                    console,
-                    name=name,
-                    calibration=calibration,
-                    models=models,
-                    folder=folder,
-                    batch_folder=batch_folder,
-                    together=together,
-                )
-
             # Shared images are made once in the shared folder, under a name derived from the recipe, then copied.
             if name in UNTRAINED or (shares_training and VARIANTS[name].weights_from in TRAINED):
-                decides = run.decides(sampling(name))
-                store, parted = run.path.parent / SHARED, partial(_in_parts, make)
-                shared = shared_folder(store, decides, parted, together=together)
+                decides, store = run.decides(sampling(name)), run.path.parent / SHARED
+                shared = shared_folder(store, decides, partial(images.make_shared, name), together=together)
                 if is_first():
                     with whole_file(file, (shared / file.name).stat().st_size) as draft:
                         shutil.copyfile(shared / file.name, draft)
             else:
-                make(file.parent, run.unfinished(sampling(name)))
+                images.make(name, file.parent, run.unfinished(sampling(name)))
             if is_first():
                 stage.done(SamplesRecord(policy.sampling_steps(name), read_notes(file).get(RUNTIME, "")))
 
 
-def _in_parts(make: Callable[[Path, Path], None], folder: Path) -> None:
-    make(folder, parts_folder(folder))
+def _together(name: str) -> bool:
+    """Whether all processes of a run sample a variant's images together."""
+    return VARIANTS[name].runtime != OPENVINO
 
 
-def _make_images(
-    policy: Policy,
-    prepared: Prepared,
-    run: RunFolder,
-    console: Console,
-    *,
-    name: str,
-    calibration: CalibrationSet,
-    models: TrainedModels,
-    folder: Path,
-    batch_folder: Path,
-    together: bool,
-) -> None:
-    variant = _variant(policy, prepared, run, console, name=name, calibration=calibration, models=models)
-    count, batch = policy.evaluation.images, policy.evaluation.batch_size
-    with counting(console, f"sample {name}", count * variant.steps) as advance:
-        kept = images_or_latents(prepared.model, decoded=policy.takes_pictures)
-        samples = sample_rows(
-            variant,
-            count,
-            policy.evaluation.seed,
-            batch,
-            kept=kept,
-            advance=advance,
-            batch_folder=batch_folder,
-            together=together,
-        )
-    if not is_first():
-        return
-    if pictures_of(samples) is None and (decode := decoder_of(prepared.model)) is not None:
-        with working(console, f"sample {name}: decoding"):
-            samples["pictures"] = to_uint8(torch.from_numpy(decode(samples["latents"][:PICTURES].numpy())))
-    simulated_in_int8 = VARIANTS[name].runtime == SIMULATED and variant.runtime == "openvino"
-    save_tensors(samples, folder / images_file(run, name).name, {RUNTIME: IN_INT8} if simulated_in_int8 else None)
+@dataclass(frozen=True)
+class _Images:
+    """What makes the images of a run's variants: the arguments of `sample`."""
 
+    policy: Policy
+    prepared: Prepared
+    run: RunFolder
+    console: Console
+    calibration: CalibrationSet
+    models: TrainedModels
 
-def _variant(
-    policy: Policy,
-    prepared: Prepared,
-    run: RunFolder,
-    console: Console,
-    *,
-    name: str,
-    calibration: CalibrationSet,
-    models: TrainedModels,
-) -> Sampler:
-    variant = replace(
-        _sampler(policy, prepared, run, console, name=name, calibration=calibration, models=models),
-        conditions=prepared.conditions,
-        guidance_scale=policy.guidance_scale(name),
-    )
-    in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(name)
-    # a deployed folder holds the graph of its float steps, and its runtime chooses by itself
-    if VARIANTS[name].deploys is not None or in_float.start == NO_FLOAT_STEPS:
-        return variant
-    full = pytorch_variant(
-        name, prepared.model.denoiser, variant.schedule, variant.steps, sample_shape=variant.sample_shape
-    )
-    return with_float_steps(variant, full, in_float)
+    def make_shared(self, name: str, folder: Path) -> None:
+        """Make a variant's images in a folder that runs share."""
+        self.make(name, folder, parts_folder(folder))
 
+    def make(self, name: str, folder: Path, parts: Path) -> None:
+        """Write a variant's file of images into a folder; unfinished batches lie in `parts`."""
+        variant, asked = self._sampler(name), self.policy.evaluation
+        decoded = self.policy.takes_pictures
+        with counting(self.console, f"sample {name}", asked.images * variant.steps) as advance:
+            samples = sample_rows(
+                variant,
+                asked.images,
+                asked.seed,
+                asked.batch_size,
+                kept=images_or_latents(self.prepared.model, decoded=decoded),
+                advance=advance,
+                batch_folder=parts / variant.runtime,  # a run that goes on elsewhere does not mix runtimes
+                together=_together(name),
+            )
+        if not is_first():
+            return
+        if pictures_of(samples) is None and (decode := decoder_of(self.prepared.model)) is not None:
+            with working(self.console, f"sample {name}: decoding"):
+                samples["pictures"] = to_uint8(torch.from_numpy(decode(samples["latents"][:PICTURES].numpy())))
+        simulated_in_int8 = VARIANTS[name].runtime == SIMULATED and variant.runtime == "openvino"
+        file = folder / images_file(self.run, name).name
+        save_tensors(samples, file, {RUNTIME: IN_INT8} if simulated_in_int8 else None)
 
-def _sampler(
-    policy: Policy,
-    prepared: Prepared,
-    run: RunFolder,
-    console: Console,
-    *,
-    name: str,
-    calibration: CalibrationSet,
-    models: TrainedModels,
-) -> Sampler:
-    spec = VARIANTS[name]
-    schedule, steps = prepared.sampled_by(policy, name), policy.sampling_steps(name)
-    if spec.runtime == OPENVINO:
-        file = openvino_files(policy, run)[name]
-        if spec.deploys is not None:
-            return openvino_variant(name, file, steps)
-        return openvino_file_variant(
-            name, file, schedule, steps, sample_shape=prepared.model.sample_shape, batch_size=policy.export.batch_size
-        )
-    if in_int8(policy, prepared, name):
-        assert spec.weights_from is not None
-        model = models.of(spec.weights_from)
-        own = int8_sampler(policy, prepared, run, console, name=name, model=model, calibration=calibration)
-        if own is not None:
-            return own
-    denoiser = prepared.model.denoiser if spec.weights_from is None else models.of(spec.weights_from)
-    return pytorch_variant(name, denoiser, schedule, steps, sample_shape=prepared.model.sample_shape)
+    def _sampler(self, name: str) -> Sampler:
+        """What samples a variant: its own runtime, and full precision for its float steps."""
+        conditions, guidance = self.prepared.conditions, self.policy.guidance_scale(name)
+        variant = replace(self._of_runtime(name), conditions=conditions, guidance_scale=guidance)
+        in_float = self.run.read_always(FLOAT_STEPS, FloatStepsRecord).of(name)
+        # a deployed folder holds the graph of its float steps, and its runtime chooses by itself
+        if VARIANTS[name].deploys is not None or in_float.start == NO_FLOAT_STEPS:
+            return variant
+        model, schedule = self.prepared.model, variant.schedule
+        full = pytorch_variant(name, model.denoiser, schedule, variant.steps, sample_shape=variant.sample_shape)
+        return with_float_steps(variant, full, in_float)
+
+    def _of_runtime(self, name: str) -> Sampler:
+        policy, prepared, run, spec = self.policy, self.prepared, self.run, VARIANTS[name]
+        schedule, steps = prepared.sampled_by(policy, name), policy.sampling_steps(name)
+        shape = prepared.model.sample_shape
+        if spec.runtime == OPENVINO:
+            file, batch = openvino_files(policy, run)[name], policy.export.batch_size
+            if spec.deploys is not None:
+                return openvino_variant(name, file, steps)
+            return openvino_file_variant(name, file, schedule, steps, sample_shape=shape, batch_size=batch)
+        denoiser = prepared.model.denoiser if spec.weights_from is None else self.models.of(spec.weights_from)
+        own = None
+        if in_int8(policy, prepared, name):
+            own = int8_sampler(
+                policy, prepared, run, self.console, name=name, model=denoiser, calibration=self.calibration
+            )
+        return own or pytorch_variant(name, denoiser, schedule, steps, sample_shape=shape)
 
 
 def shown_variants(policy: Policy, run: RunFolder) -> tuple[str, ...]:

@@ -118,14 +118,26 @@ def test_other_integers_are_refused(policy: Policy, simulated: Sampled, monkeypa
 def test_little_work_an_accelerator_and_full_precision_have_no_graph(
     policy: Policy, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Weights:
+        bits = 7
+
+    class Layer:
+        weights = Weights
+
     class Prepared:
         model = tiny_model
+        plan = (Layer,)
 
     parameters = sum(parameter.numel() for parameter in tiny_model.denoiser.parameters())
     work = policy.evaluation.images * policy.sampling_steps(PTQ) * parameters
     monkeypatch.setattr(int8_sampler, "WORTH_A_GRAPH", work)
     assert int8_sampler.in_int8(policy, Prepared, PTQ)  # type: ignore[arg-type]
     assert not int8_sampler.in_int8(policy, Prepared, FP32)  # type: ignore[arg-type]
+    for vnni, bits in ((True, 8), (False, 7), (False, 8)):
+        monkeypatch.setattr(int8_sampler, "has_vnni", lambda vnni=vnni: vnni)
+        Weights.bits = bits
+        assert int8_sampler.in_int8(policy, Prepared, PTQ) == (vnni or bits < 8)  # type: ignore[arg-type]
+    Weights.bits = 7
     monkeypatch.setattr(int8_sampler, "accelerator", lambda: torch.device("cpu"))
     assert not int8_sampler.in_int8(policy, Prepared, PTQ)  # type: ignore[arg-type]
     monkeypatch.setattr(int8_sampler, "accelerator", lambda: None)
