@@ -146,13 +146,15 @@ def set_ranges(model: nn.Module, seen: Mapping[str, InputRange]) -> None:
             _set_range(layer, seen[layer.plan.name])
 
 
-def take_weights(model: nn.Module, other: nn.Module) -> None:
+def take_weights(model: nn.Module, other: nn.Module, less: Mapping[str, Tensor] | None = None) -> None:
     """Give the quantized layers the weights of another quantized copy, and find the ranges of these weights anew, at
-    the model's own widths.
+    the model's own widths. Of layers that are named in `less`, that much is taken off first.
     """
     others = quantized_layers(other)
     for name, layer in quantized_layers(model).items():
         layer.weight.data.copy_(others[name].weight)
+        if less is not None and name in less:
+            layer.weight.data.sub_(less[name])
         estimate_weight_range(layer)
 
 

@@ -24,6 +24,9 @@ from pqcad_qat.quantization.ranges import input_grid, weight_ratio, weight_rows,
 QuantizedLayer = QuantizedConv2d | QuantizedLinear
 """The two kinds of quantized layer."""
 
+WITHIN = 0.499
+"""Largest distance from its level, in levels, to which a weight is moved that is to stay rounded to it."""
+
 
 class BlendState(NamedTuple):
     """A blend under way: the layer computes (1 - share) Q_bits(W) + share Q_next_bits(W).
@@ -120,6 +123,31 @@ def quantized_weight(layer: QuantizedLayer) -> Tensor:
     """The weight that the layer computes with, detached."""
     weight: Tensor = weight_quantizer_of(layer).fused(trained_weight(layer))
     return weight
+
+
+@torch.no_grad()
+def level_size(layer: QuantizedLayer) -> Tensor:
+    """The distance of two levels of the layer's weights, in their units; broadcastable to them."""
+    span, _, (smallest, largest) = weight_quantizer_of(layer).grid(trained_weight(layer))
+    size: Tensor = span.abs() / (-smallest or largest)
+    return size
+
+
+@torch.no_grad()
+def move_within_levels(layer: QuantizedLayer, wanted: Tensor) -> None:
+    """Move the weights as near to `wanted`, of their shape, as they can go without being rounded to other levels."""
+    rounded = quantized_weight(layer)
+    reach = WITHIN * level_size(layer)
+    moved = rounded + torch.minimum(torch.maximum(wanted.to(rounded.device) - rounded, -reach), reach)
+    layer.weight.copy_(moved)
+    # beside a boundary the last bit of a sum may decide otherwise
+    layer.weight.copy_(torch.where(quantized_weight(layer) == rounded, moved, rounded))
+
+
+@torch.no_grad()
+def move_onto_levels(layer: QuantizedLayer) -> None:
+    """Move every weight to the level that it is rounded to."""
+    layer.weight.copy_(quantized_weight(layer))
 
 
 @torch.no_grad()

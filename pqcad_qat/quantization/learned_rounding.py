@@ -28,7 +28,7 @@ from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.denoiser import DenoiserInput
 from pqcad_qat.quantization.finished_blocks import FinishedBlocks, small_enough
 from pqcad_qat.quantization.layer_matching import listed
-from pqcad_qat.quantization.layer_state import QuantizedLayer, quantized_weight, weight_quantizer_of
+from pqcad_qat.quantization.layer_state import QuantizedLayer, level_size, quantized_weight, weight_quantizer_of
 from pqcad_qat.quantization.model_blocks import Block, BlockArguments, arguments_of, blocks_of, results_of, rows_of
 from pqcad_qat.quantization.plan import evaluating
 
@@ -166,7 +166,7 @@ def _learn(
     share = -(-len(mixed) // APART)
     apart, taught = mixed[:share], mixed[share:] if len(mixed) > 1 else mixed
     sizes = [max(float(result.var()), torch.finfo().tiny) for result in results]
-    levels = {name: _level(layer) for name, layer in block.layers.items()}
+    levels = {name: level_size(layer) for name, layer in block.layers.items()}
     shifts = {name: torch.zeros_like(layer.weight) for name, layer in block.layers.items()}
 
     def error(rows: Tensor) -> Tensor:
@@ -202,14 +202,6 @@ def _follow(shifts: Sequence[Tensor], slopes: Sequence[Tensor], length: float) -
     """Move the shifts by a step of this length, in levels, down the signs of the slopes."""
     for shift, slope in zip(shifts, slopes, strict=True):
         shift.sub_(length * slope.sign()).clamp_(-0.5, 0.5)
-
-
-@torch.no_grad()
-def _level(layer: QuantizedLayer) -> Tensor:
-    """The distance of two levels of the layer's weights, in their units; broadcastable to them."""
-    span, _, (smallest, largest) = weight_quantizer_of(layer).grid(layer.weight)
-    level: Tensor = span.abs() / (-smallest or largest)
-    return level
 
 
 @contextmanager

@@ -58,12 +58,14 @@ from pqcad_qat.stages.train import matched_states
 from pqcad_qat.stages.width_search import Plan, left_float, search
 from pqcad_qat.training.callback import BatchSource
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching
-from pqcad_qat.training.rate_search import FIRST, RATES
 from pqcad_qat.training.short_training import train_shortly
 from pqcad_qat.training.trainer import LoopSettings
 
 STATES = 16
 """Number of states on which a layer's error is measured."""
+
+RATE = 1e-4
+"""Learning rate of the short training of a choice, whose weights lie on their levels."""
 
 Errors = Mapping[str, Mapping[int, float]]
 """Mapping from a layer to the error that it makes at each width of its ladder."""
@@ -140,7 +142,7 @@ class Trials:
         before = {name: value.clone() for name, value in model.state_dict().items()}
         settings = LoopSettings(
             self.steps,
-            RATES[FIRST] if training.learning_rate == "auto" else training.learning_rate,
+            RATE if training.learning_rate == "auto" else training.learning_rate,
             warmup=self.steps // 10,
         )
         try:

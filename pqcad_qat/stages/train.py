@@ -7,14 +7,14 @@ Not here: how each of them works (data/, training/), and what all training stage
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from pqcad_qat.data.calibration import CalibrationSet, calibration_set
 from pqcad_qat.machine.accelerators import on_accelerator
@@ -25,13 +25,14 @@ from pqcad_qat.models.conditions import save_conditions
 from pqcad_qat.models.guidance import Guidance
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.training_sections import AUTO_DEADLINE_STEPS, TrainingPolicy
-from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ, PQCAD, PTQ, STEP_COSTS, stages_of
+from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ, PQCAD, STEP_COSTS, stages_of
 from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers, take_weights
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.trained_part import TrainedPart
 from pqcad_qat.sampling.precision_by_time import float_steps, in_parts
 from pqcad_qat.sampling.trajectory import initial_noise, landing
 from pqcad_qat.stages.held_out_images import MeasuredImages, measured_images
+from pqcad_qat.stages.post_train import to_train, within_levels
 from pqcad_qat.stages.prepared import CALIBRATION, Prepared, calibration_recipe
 from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
 from pqcad_qat.stages.stage_dependencies import control_is_pq, loss_weights, most_steps
@@ -107,14 +108,16 @@ def progressive(
 ) -> None:
     """Stage `pq`: train down the ladder to the target widths against the full-precision prediction.
 
-    It begins with the weights of `ptq`, which lie on the grids of the target widths, at the ladder's first widths.
+    It begins with the weights of `ptq`, moved onto the levels of the target widths, at the ladder's first widths. Where
+    a layer reaches its target, they go back to where they were within their levels.
     """
 
     def task() -> TrainingTask:
-        given, model = models.of(PTQ), models.untrained.at_first_widths()
-        take_weights(model, given)
+        given, model = to_train(policy, models), models.untrained.at_first_widths()
+        within = within_levels(policy, prepared.plan, given)
+        take_weights(model, given, within)
         matching = _matching(policy, prepared, run, model, name=PQ, calibration=calibration)
-        return replace(matching, given=given, schedule=bit_schedule(policy, prepared.plan, model))
+        return replace(matching, given=given, schedule=bit_schedule(policy, prepared.plan, model, within))
 
     train(policy, run, console, name=PQ, task=task, models=models, shares_training=shares_training)
 
@@ -140,7 +143,7 @@ def fixed_bit(
         return
 
     def task() -> TrainingTask:
-        model = copy.deepcopy(models.of(PTQ))
+        model = copy.deepcopy(to_train(policy, models))
         matching = _matching(policy, prepared, run, model, name=FIXED_BIT, calibration=calibration)
         return replace(matching, ending=_ending_of_pq(policy, run))
 
@@ -236,8 +239,10 @@ def teach(
         stage.done()
 
 
-def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) -> MomentumBitSchedule:
-    """Build the policy's bit schedule for a quantized model."""
+def bit_schedule(
+    policy: Policy, plan: Sequence[LayerPlan], model: nn.Module, within: Mapping[str, Tensor] | None = None
+) -> MomentumBitSchedule:
+    """Build the policy's bit schedule for a quantized model; `within` is as its attribute."""
     progressive, cap = policy.progressive, policy.training.max_steps
     # the last training step runs at the target widths; in a stage that ends by itself at least half of them do
     if isinstance(progressive.steps, int):
@@ -251,7 +256,7 @@ def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) ->
         blends=progressive.transition == "blend",
         fixed=progressive.schedule == "fixed",
     )
-    return MomentumBitSchedule(layers=quantized_layers(model), plan=plan, settings=settings)
+    return MomentumBitSchedule(layers=quantized_layers(model), plan=plan, settings=settings, within=within or {})
 
 
 def whole_batch(training: TrainingPolicy) -> int:

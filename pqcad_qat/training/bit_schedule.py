@@ -12,10 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
+from pqcad_qat.quantization.brevitas_layers import trained_weight
 from pqcad_qat.quantization.layer_state import (
     QuantizedLayer,
     begin_blend,
     end_blend,
+    move_within_levels,
     perturbation,
     read_bits,
     set_blend,
@@ -60,12 +64,16 @@ class MomentumBitSchedule(Callback):
         layers: quantized layers by name.
         plan: their plans; each layer starts on its ladder's first rung and ends on its last.
         settings: settings of the decision.
+        within: by name of a layer, how far each of its weights is to lie from its level, in the units of weights. On
+            the way down the weights lie on their levels, so that narrower widths change little. At its target width a
+            layer's are moved by this much, as far as they stay rounded as they are.
         transitions: all transitions that have ended, in order.
     """
 
     layers: Mapping[str, QuantizedLayer]
     plan: Sequence[LayerPlan]
     settings: BitScheduleSettings
+    within: Mapping[str, Tensor] = field(default_factory=dict)
     transitions: list[Transition] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -124,6 +132,8 @@ class MomentumBitSchedule(Callback):
             end_blend(layer)
         else:
             set_weight_bits(layer, to_bits)
+        if name in self.within and not self._rungs(name):
+            move_within_levels(layer, trained_weight(layer).detach() + self.within[name].to(layer.weight.device))
         move, cause = self._moves.pop(name), "fixed" if self.settings.fixed else paced_by
         self.transitions.append(Transition(step, name, bits, to_bits, move.perturbation, cause, began=move.began))
 

@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 
 from pqcad_qat.training.stage_end import RateTrial
 
-RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+RATES = (1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 """Rates that may be tried."""
 
-FIRST = RATES.index(1e-4)
+FIRST = RATES.index(1e-5)
 """Place in RATES of the first one that is tried."""
 
 TRIAL_STEPS = 20

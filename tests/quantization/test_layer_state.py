@@ -11,9 +11,13 @@ from torch import Tensor
 
 from pqcad_qat.quantization.integer_layer import input_parameters
 from pqcad_qat.quantization.layer_state import (
+    WITHIN,
     begin_blend,
     blend_state,
     end_blend,
+    level_size,
+    move_onto_levels,
+    move_within_levels,
     perturbation,
     quantized_weight,
     read_bits,
@@ -141,3 +145,26 @@ def test_input_ranges_become_integers(
     ends = torch.tensor([low, 0.0, high]).reshape(1, 1, 3, 1)
     torch.testing.assert_close(layer.input_quant(ends), ends, rtol=1e-5, atol=expected[0] / 2)
     assert layer.input_quant(ends)[0, 0, 1, 0] == 0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_move_towards_others_and_stay_rounded_as_they_are(symmetric: bool) -> None:
+    layer = quantized(convolution(), QuantizerSpec(4, True, symmetric, symmetric, True, "mse"))
+    rounded = quantized_weight(layer)
+    own = layer.weight.detach().clone()
+    size = level_size(layer)
+    wanted = own + size * torch.linspace(-1.5, 1.5, own.numel()).reshape(own.shape)
+    move_within_levels(layer, wanted)
+    assert torch.equal(quantized_weight(layer), rounded)
+    reach = (layer.weight - rounded).abs() / size
+    assert float(reach.max()) <= WITHIN + 1e-6
+    # what can be reached is reached, and what cannot be lies at the boundary on its side
+    near = (wanted - rounded).abs() < 0.49 * size
+    torch.testing.assert_close(layer.weight[near], wanted[near])
+    assert near.any()
+    far = (wanted - rounded).abs() > 0.51 * size
+    assert bool(((wanted - rounded)[far] * (layer.weight - rounded)[far] > 0).all())
+    assert float(reach[far].min()) > 0.49
+    assert far.any()
+    move_onto_levels(layer)
+    assert torch.equal(layer.weight, rounded)

@@ -20,7 +20,7 @@ from pqcad_qat.quantization import learned_rounding
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.gptq_rounding import round_weights, rounded_layers
 from pqcad_qat.quantization.layer_sensitivity import relative_error
-from pqcad_qat.quantization.layer_state import quantized_weight, weight_quantizer_of
+from pqcad_qat.quantization.layer_state import level_size, quantized_weight, weight_quantizer_of
 from pqcad_qat.quantization.learned_rounding import BATCH, learn_rounding
 from pqcad_qat.quantization.model_blocks import Block
 from pqcad_qat.quantization.plan import plan_layers
@@ -69,7 +69,7 @@ def test_weights_lie_on_the_grid_that_they_had_next_to_where_they_were() -> None
             weight_quantizer_of(layer).scaling_impl.value, weight_quantizer_of(before[name]).scaling_impl.value
         )
         torch.testing.assert_close(layer.weight, quantized_weight(layer), rtol=1e-6, atol=1e-7)
-        levels = (layer.weight - quantized_weight(before[name])) / learned_rounding._level(layer)
+        levels = (layer.weight - quantized_weight(before[name])) / level_size(layer)
         torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
         assert levels.abs().max() < 1.5
         moved += int((levels.round() != 0).sum())

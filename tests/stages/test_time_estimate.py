@@ -17,9 +17,9 @@ from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared, prepare
 from pqcad_qat.stages.stage_dependencies import recipes, sampling
 from pqcad_qat.stages.time_estimate import (
     FOLDER,
-    LAYERS_OF_BLOCK,
     LEARNING,
     OF_PARAMETER,
+    WATCHED,
     Pace,
     estimated_seconds,
     measured_pace,
@@ -102,9 +102,8 @@ def test_learned_rounding_takes_its_steps_and_watches_each_block(tiny_folder: Pa
         )
     )
     assert many - few == pytest.approx(2 * BATCH * LEARNING * PACE.quantized)
-    # in place of smoke's 32 states; half a call of the quantized model for each block, and one of full precision
-    watched = 2 * (len(prepared.plan) / LAYERS_OF_BLOCK / 2 * PACE.quantized + PACE.full)
-    assert of_more_states - few == pytest.approx(watched)
+    # in place of smoke's 32 states
+    assert of_more_states - few == pytest.approx(2 * (WATCHED * PACE.quantized + PACE.full))
 
 
 def test_a_training_step_is_timed_only_where_something_trains(tiny_policy: Policy, prepared: Prepared) -> None:

@@ -16,7 +16,14 @@ from torch import nn
 
 from pqcad_qat.policy.layer_rules import InputQuantizer, LayerRule, WeightQuantizer, numbered
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
-from pqcad_qat.quantization.layer_state import blend_state, perturbation, quantized_weight, read_bits
+from pqcad_qat.quantization.layer_state import (
+    blend_state,
+    level_size,
+    move_onto_levels,
+    perturbation,
+    quantized_weight,
+    read_bits,
+)
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import StepReport, TrainState
@@ -162,3 +169,24 @@ def test_the_log_gets_the_pace_the_share_of_a_blend_and_each_layers_perturbation
     assert logged["blend_lambda"] == pytest.approx(sum(shares) / len(shares))
     assert 0 < logged["pace"] < SETTINGS.perturbation
     assert {f"layer/{name}/perturbation" for name in quantized_layers(model)} <= set(logged)
+
+
+def test_at_its_target_width_a_layer_gets_back_where_its_weights_lie_within_their_levels() -> None:
+    model, state, schedule = network()
+    layers = quantized_layers(model)
+    within = {name: 0.3 * level_size(layer) * torch.randn_like(layer.weight).sign() for name, layer in layers.items()}
+    moved = replace(schedule, within=within)
+    for layer in layers.values():
+        move_onto_levels(layer)
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    while not at_target(model):
+        assert all(
+            torch.equal(layer.weight, before[name]) or read_bits(layer)[0] == 3 for name, layer in layers.items()
+        )
+        walk(state, moved, state.step + 1)
+    for name, layer in layers.items():
+        wanted, rounded = before[name] + within[name], quantized_weight(layer)
+        assert not torch.equal(layer.weight, before[name])
+        assert float(((layer.weight - rounded).abs() / level_size(layer)).max()) <= 0.5
+        near = (wanted - rounded).abs() < 0.49 * level_size(layer)
+        torch.testing.assert_close(layer.weight[near], wanted[near])
