@@ -1,7 +1,8 @@
 """The search for a stage's learning rate: which rates are tried, and which is taken.
 
-The right rate differs between models by factors of ten and more. Too high a rate undoes in the first training steps
-what a large model has learned, and a small one then learns next to nothing in its budget. So a few rates are tried from
+The right rate differs between models by factors of ten and more, and so it does between weights that lie anywhere
+within their levels, as post-training quantization leaves them, and others. Too high a rate undoes in the first training
+steps what a model has learned or how it was rounded, and a low one learns next to nothing in its budget. So a few rates are tried from
 the weights that the stage is given, each for TRIAL_STEPS training steps, and the one is taken after which the held-out
 loss of the averaged weights is the lowest. The search goes from FIRST downwards or upwards for as long as that helps.
 Where 20 steps end is not where 200 do. What was measured of that is in NOTES.md.
