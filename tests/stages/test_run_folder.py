@@ -120,7 +120,7 @@ def test_a_stage_whose_recipe_changed_is_done_again_with_all_that_read_it_and_th
     folder, told = resumed(half, other, changed(PQ, **{"training.learning_rate": 0.01}))
     assert told.splitlines() == [
         f"{half}: going on, under another policy:",
-        "  - training.learning_rate: was 0.0001, now 0.01",
+        "  - training.learning_rate: was 1.0e-05, now 0.01",
         "  kept: calibration",
         "  again: pq (training.learning_rate 0.1 -> 0.01), export (after pq)",
         "  to do: evaluation",
@@ -237,7 +237,7 @@ def test_a_run_of_a_version_without_recipes_goes_on_under_its_own_policy_and_no_
     with pytest.raises(CheckpointError) as caught:
         resumed(half, other, RECIPES)
     assert "progressive.steps: was 16, now 17" in str(caught.value)
-    assert "training.learning_rate: was 0.0001, now 0.01" in str(caught.value)
+    assert "training.learning_rate: was 1.0e-05, now 0.01" in str(caught.value)
     assert content(half) == before
     folder, told = resumed(half, policy, RECIPES)
     assert "  kept: calibration, pq, export" in told.splitlines()

@@ -198,7 +198,7 @@ def test_tensorboard_shows_samples_of_the_same_noise_through_training_the_policy
         tag: logged(tiny_run).Tensors(tag)[0].tensor_proto.string_val[0].decode()
         for tag in ("policy/text_summary", "plan/text_summary")
     }
-    assert "learning_rate: 0.0001" in texts["policy/text_summary"]
+    assert "learning_rate: 1.0e-05" in texts["policy/text_summary"]
     assert "down_blocks.0.resnets.0.conv1" in texts["plan/text_summary"]
 
 
