@@ -2,10 +2,10 @@
 
 The right rate differs between models by factors of ten and more, and so it does between weights that lie anywhere
 within their levels, as post-training quantization leaves them, and others. Too high a rate undoes in the first training
-steps what a model has learned or how it was rounded, and a low one learns next to nothing in its budget. So a few rates are tried from
-the weights that the stage is given, each for TRIAL_STEPS training steps, and the one is taken after which the held-out
-loss of the averaged weights is the lowest. The search goes from FIRST downwards or upwards for as long as that helps.
-Where 20 steps end is not where 200 do. What was measured of that is in NOTES.md.
+steps what a model has learned or how it was rounded, and a low one learns next to nothing in its budget. So a few rates
+are tried from the weights that the stage is given, each for TRIAL_STEPS training steps, and the one is taken after
+which the held-out loss of the averaged weights is the lowest. The search goes from FIRST downwards or upwards for as
+long as that helps. Where 20 steps end is not where 200 do. What was measured of that is in NOTES.md.
 
 Where the clock allows few training steps, trials are shorter, so that they take no more than a share of them. The rate
 that is best for N steps falls with the square root of N, and a stage holds the rate that it has found for as many steps
