@@ -135,7 +135,10 @@ def level_size(layer: QuantizedLayer) -> Tensor:
 
 @torch.no_grad()
 def move_within_levels(layer: QuantizedLayer, wanted: Tensor) -> None:
-    """Move the weights as near to `wanted`, of their shape, as they can go without being rounded to other levels."""
+    """Move the weights, which have no update that is trained apart, as near to `wanted`, of their shape, as they can go
+    without being rounded to other levels.
+    """
+    assert layer.update is None, "the update would be added to weights that hold it already"
     rounded = quantized_weight(layer)
     reach = WITHIN * level_size(layer)
     moved = rounded + torch.minimum(torch.maximum(wanted.to(rounded.device) - rounded, -reach), reach)

@@ -91,8 +91,10 @@ def to_train(policy: Policy, models: TrainedModels) -> nn.Module:
 
 
 def within_levels(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) -> dict[str, Tensor]:
-    """How far the weights of rounded layers that have a way down lie from their levels, by layer."""
-    if policy.post_training.rounding == "nearest":
+    """How far the weights of rounded layers that have a way down lie from their levels, by layer; nothing where not all
+    weights are trained, for then they lie on them.
+    """
+    if policy.training.trainable != "all" or policy.post_training.rounding == "nearest":
         return {}
     layers, descending = rounded_layers(model), {layer.name for layer in plan if len(layer.ladder) > 1}
     return {

@@ -63,9 +63,10 @@ def test_training_of_a_part_begins_with_weights_on_their_levels(part: str) -> No
     assert (given is model) == (part == "all")
     plan = [replace(layer.plan, ladder=(8, 4)) for layer in quantized_layers(given).values()]
     found = within_levels(asked, plan, given)
-    assert found.keys() == quantized_layers(given).keys()
+    # an update of low rank, for one, would be added twice
+    assert found.keys() == (quantized_layers(given).keys() if part == "all" else set())
     for name, within in found.items():
-        assert bool(within.abs().max() > 0) == (part == "all"), name
+        assert bool(within.abs().max() > 0), name
     for name, layer in quantized_layers(given).items():
         on_levels = torch.equal(layer.weight, quantized_weight(layer))
         assert on_levels == (part != "all"), name
@@ -79,4 +80,5 @@ def test_layers_without_a_way_down_and_weights_that_are_rounded_each_by_itself_a
     assert {len(layer.ladder) for layer in plan} == {1}
     assert within_levels(policy(), plan, model) == {}
     assert within_levels(policy("post_training.rounding=nearest"), plan, model) == {}
-    assert to_train(policy("post_training.rounding=nearest", "training.trainable=scales"), Models(model)) is model  # type: ignore[arg-type]
+    apart = policy("post_training.rounding=nearest", "training.trainable=scales")
+    assert to_train(apart, Models(model)) is model  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny_runs import POLICIES, FinishedRun, without_page
 
 from pqcad_qat import cli
@@ -37,7 +38,7 @@ from pqcad_qat.policy.variants import (
     exporting,
 )
 from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
-from pqcad_qat.quantization.student_folder import POLICY, load_quantized
+from pqcad_qat.quantization.student_folder import POLICY, STATE, load_quantized
 from pqcad_qat.report.page import render_page
 from pqcad_qat.report.record import Curves
 from pqcad_qat.report.report_files import read_report
@@ -124,6 +125,9 @@ def test_each_folder_computes_what_its_quantized_model_computes(two: Path) -> No
         model, _, steps = load_quantized(two / f"student{name}")
         assert steps == 4
         assert nearness(two / f"openvino{name}", model.denoiser, model.sample_shape) > 45
+    different = {name: load_file(two / name / STATE) for name in ("student", f"student-{FIXED_BIT}")}
+    first, second = different.values()
+    assert any(not torch.equal(first[key], second[key]) for key in first)
 
 
 def test_a_trained_variant_is_exported_later_packed_and_in_another_batch(tiny_run: FinishedRun, tmp_path: Path) -> None:
