@@ -30,13 +30,13 @@ class _Seen:
         leaves: for each batch, all values that it returned, tensors on the CPU.
         form: what holds them.
         versions: how often the tensors that it reads had been changed before the call.
-        repeats: whether it only returns something: it was called once a batch, and changed nothing that it read.
+        pure: whether no call has changed what it read.
     """
 
     leaves: list[list[Any]] = field(default_factory=list)
     form: TreeSpec | None = None
     versions: list[int] = field(default_factory=list)
-    repeats: bool = True
+    pure: bool = True
 
 
 class FinishedBlocks:
@@ -75,20 +75,18 @@ class FinishedBlocks:
             return tree_unflatten(rows, seen.form)
 
         with ExitStack() as changed:
-            hook = self._model.register_forward_pre_hook(begin)
-            changed.callback(hook.remove)
+            changed.enter_context(self._model.register_forward_pre_hook(begin))
             for name, seen in self._returned.items():
-                if seen.repeats:
-                    module = self._model.get_submodule(name)
-                    changed.enter_context(_calling(module, partial(again, seen, module)))
+                module = self._model.get_submodule(name)
+                changed.enter_context(_calling(module, partial(again, seen, module)))
             for name, seen in new.items():
                 changed.enter_context(_watched(self._model.get_submodule(name), seen))
             yield
         for name, seen in new.items():
-            if len(seen.leaves) == len(batches):  # it lies before the block for which the model was run
+            if seen.pure and len(seen.leaves) == len(batches):
                 self._returned[name] = seen
-            elif seen.leaves:
-                self._returned[name] = _Seen(repeats=False)
+            elif seen.leaves:  # it does more than to return something, or is called more than once
+                self._finished.remove(name)
 
 
 def small_enough(blocks: Sequence[Block], counts: Mapping[str, int], most: int) -> set[str]:
@@ -116,7 +114,7 @@ def _watched(module: nn.Module, seen: _Seen) -> Iterator[None]:
         seen.versions = [tensor._version for tensor in tensors_of((arguments, named))]
 
     def after(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        seen.repeats &= seen.versions == [tensor._version for tensor in tensors_of((arguments, named))]
+        seen.pure &= seen.versions == [tensor._version for tensor in tensors_of((arguments, named))]
         leaves, seen.form = tree_flatten(output)
         seen.leaves.append([leaf.to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
