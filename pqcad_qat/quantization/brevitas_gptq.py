@@ -71,7 +71,7 @@ class LayerRounding(GPTQ):
     def round(self) -> None:
         """Write the weights that GPTQ finds into the layer: they lie on its grid."""
         self.single_layer_update()
-        # Brevitas leaves what they were before their rounding: at another width they would be no good.
+        # Brevitas leaves them there but for their last bits.
         self.layer.weight.copy_(quantized_weight(self.layer))
 
     def process_input(self, inp: tuple[Tensor]) -> Tensor:
