@@ -155,8 +155,8 @@ def profile(
     """
     loaded = load_policy(policy_file(policy), with_model(set, model))
     from pqcad_qat.commands.profile import profile as profile_policy
+    from pqcad_qat.machine.memory import peak_resident
     from pqcad_qat.report.tables import costs_table
-    from pqcad_qat.timing.stage_costs import peak_resident
 
     own, states = _own_model(module, model), loaded.training.batch_size
     costs = profile_policy(loaded, whole_number("runs", runs), console.CONSOLE, own, only=only)

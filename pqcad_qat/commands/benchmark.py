@@ -44,17 +44,17 @@ from pqcad_qat.report.record import Hardware, Throughput
 from pqcad_qat.serving.compiled_graph import shared_core
 from pqcad_qat.serving.deployed_folder import MANIFEST, read_manifest
 from pqcad_qat.timing.baseline_trials import NNCF_SETTINGS, Inputs, reasons, try_out
+from pqcad_qat.timing.cold_start import Graph, cold_starts
+from pqcad_qat.timing.graph_sources import FixedBatchError, read_source
 from pqcad_qat.timing.hardware import CAPS, NATIVE, hardware, lacking
 from pqcad_qat.timing.latency import (
     F32,
     PRECISIONS,
     PROFILING,
-    FixedBatchError,
     compile_for_latency,
     float_graphs,
     native,
     precision_hint,
-    read_source,
     size_bytes,
     time_denoisers,
     torch_threads_kept,
@@ -68,7 +68,7 @@ PROFILED_CALLS = 20
 """Largest number of calls in which the nodes of a candidate are profiled."""
 
 LOADS = 5
-"""Largest number of timed loads of a deployed folder."""
+"""Largest number of timed loads of a deployed folder, and of cold starts of each candidate."""
 
 
 def measure_speed(
@@ -104,7 +104,8 @@ def measure_speed(
         lacks = "; ".join(f"{isa}: {why}" for isa, why in left_out.items())
         raise ModelError(f"--isa: got none that can be timed here ({lacks}); allowed native, or one that the CPU has")
     with tempfile.TemporaryDirectory() as temporary, progress_bar(console, quiet=True, lines=False) as bar:
-        task = bar.add_task("benchmark", total=2 + len(batches) * (1 + len(timed)), note=f"reading {source}")
+        total = 2 + len(batches) * (1 + len(timed)) + (NATIVE in timed)
+        task = bar.add_task("benchmark", total=total, note=f"reading {source}")
         bar.refresh()
 
         def tell(note: str) -> None:
@@ -118,16 +119,36 @@ def measure_speed(
         tell("loading ours")
         loading = load_times(subject.folder, Path(temporary) / "formats", min(runs, LOADS))
         bar.advance(task)
-        measurements: list[Measurement] = []
+        measurements, cold = list[Measurement](), None
         for batch in batches:
             tell(f"batch {batch}: making the baselines")
             prepared = candidates(subject, batch, Path(temporary) / f"batch-{batch}", nncf)
             bar.advance(task)
+            if NATIVE in timed and cold is None:
+                tell(f"batch {batch}: starting each in a process of its own")
+                cold = cold_starts(_images(subject, prepared), prepared.inputs(), min(runs, LOADS))
+                bar.advance(task)
             for isa in timed:
                 tell(f"batch {batch}, {isa}: timing")
                 measurements.append(measure(prepared, isa, runs, throughput))
                 bar.advance(task)
-    return _report(subject, measurements, loading, left_out, command=command)
+    return replace(_report(subject, measurements, loading, left_out, command=command), cold=cold)
+
+
+def _images(subject: Subject, prepared: Candidates) -> dict[str, list[Graph]]:
+    """The graphs that make an image, and how often each is called: by all of a candidate's own steps, or once where
+    they are not known.
+    """
+    machine = hardware()
+    files, _ = _runnable(prepared, machine)
+    images: dict[str, list[Graph]] = {}
+    for name, file in files.items():
+        ours = name == subject.ours
+        calls = subject.steps if ours else subject.full_precision_steps
+        in_float = [(graph, F32, subject.float_calls) for graph in float_graphs({name: file}).values() if calls]
+        own = 1 if calls is None else calls - (subject.float_steps if in_float else 0)
+        images[name] = [(file, precision_hint(name, machine), own), *in_float]
+    return images
 
 
 def _report(
@@ -151,6 +172,7 @@ def _report(
         ours=subject.ours,
         measurements=tuple(measurements),
         loading=loading,
+        cold=None,
         left_out=left_out,
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,12 +1,12 @@
 """A benchmark shown on the terminal, as JSON, and as a self-contained page.
 
-Not here: the definition of the data (benchmark_record.py), or any measurement (commands/benchmark.py).
+Not here: the data (benchmark_record.py), the texts of its rows (benchmark_cells.py), or any measurement
+(commands/benchmark.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +17,23 @@ from rich import box
 
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.policy.variants import REFERENCE, spec_of, summary_of
-from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
+from pqcad_qat.report.benchmark_cells import (
+    HEADINGS,
+    LOADING,
+    cells,
+    cold_cells,
+    cold_headings,
+    image_cells,
+    image_headings,
+    loading_cells,
+)
+from pqcad_qat.report.benchmark_record import Measurement, SpeedReport, SpeedRow
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.figures import largest_kinds, time_profile
-from pqcad_qat.report.page import TIMES, UNKNOWN, number_text, page_template
-from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Hardware, ProfileRow, Throughput, Timing, steps_text
+from pqcad_qat.report.page import UNKNOWN, number_text, page_template
+from pqcad_qat.report.record import UNSTEADY_NOTE, Hardware, ProfileRow, steps_text
 from pqcad_qat.report.terminal_table import TerminalTable
 
-RATIO = f"ours / this, {TIMES}"
 JSON_FILE, PAGE_FILE = "benchmark.json", "benchmark.html"
 
 
@@ -33,130 +42,6 @@ def write_speed(report: SpeedReport, folder: Path) -> Path:
     write_file(folder / JSON_FILE, json.dumps(asdict(report), indent=1, allow_nan=False, ensure_ascii=False).encode())
     write_file(folder / PAGE_FILE, render(report).encode())
     return folder / PAGE_FILE
-
-
-HEADINGS = ("", "ms a step", "minimum", "quartiles", "image steps/s", RATIO, "MB", "layers ran in")
-"""Headings of the tables of steps; a step is one denoiser call with the whole batch."""
-
-
-def cells(measurement: Measurement, row: SpeedRow) -> list[str]:
-    """Texts of a row, in the order of HEADINGS."""
-    latency, rate = row.latency, row.throughput
-    spread = f"{number_text(latency.lower_quartile_ms)} - {number_text(latency.upper_quartile_ms)}"
-    images = UNKNOWN if rate is None else marked(rate.median, rate)
-    numbers = [images, _ratio(_ours(measurement), row), f"{row.size_bytes / 1e6:.2f}"]
-    return [
-        row.name,
-        marked(latency.median_ms, latency),
-        number_text(latency.minimum_ms),
-        spread,
-        *numbers,
-        precisions_text(row),
-    ]
-
-
-def marked(value: float, measured: Timing | Throughput) -> str:
-    """Text of a measured value, marked if its measurement is unsteady."""
-    return _marked(value, measured.unsteady)
-
-
-def _marked(value: float, unsteady: bool) -> str:
-    return f"{number_text(value)} {UNSTEADY}" if unsteady else number_text(value)
-
-
-def image_headings(report: SpeedReport) -> list[str]:
-    """Headings of the tables of whole images; empty if the number of sampling steps is unknown."""
-    if report.steps is None:
-        return []
-    return [
-        "",
-        f"ms an image, {report.steps} steps each",
-        "own steps",
-        "ms an image, own steps",
-        "images/s, own steps",
-        RATIO,
-    ]
-
-
-def image_cells(report: SpeedReport, measurement: Measurement, row: SpeedRow) -> list[str]:
-    """Texts of a row, in the order of `image_headings`: an image at our number of sampling steps, and at the
-    candidate's own number.
-    """
-    assert report.steps is not None
-    own, unsteady = own_steps(report, row.name), _unsteady(row)
-    same = _marked(_call_ms(report, row, report.steps) / measurement.batch, unsteady)
-    if own is None:
-        return [row.name, same, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN]
-    in_float = row.float_latency is not None
-    steps = steps_text(own, report.float_steps, report.float_calls) if in_float else str(own)
-    image, ours = _call_ms(report, row, own), _ours(measurement)
-    ratio = UNKNOWN
-    if ours is not None and not unsteady and not _unsteady(ours):
-        ratio = number_text(_call_ms(report, ours, report.steps) / image)
-    return [row.name, same, steps, _marked(image / measurement.batch, unsteady), _rate(report, row, own), ratio]
-
-
-def _call_ms(report: SpeedReport, row: SpeedRow, steps: int) -> float:
-    """Milliseconds of all denoiser calls that take a batch through these sampling steps."""
-    if row.float_latency is None:
-        return row.latency.median_ms * steps
-    in_float = row.float_latency.median_ms * report.float_calls
-    return row.latency.median_ms * (steps - report.float_steps) + in_float
-
-
-def _rate(report: SpeedReport, row: SpeedRow, steps: int) -> str:
-    """Text of the images a second under load; unknown where it was not measured."""
-    if row.throughput is None:
-        return UNKNOWN
-    if row.float_latency is None:
-        return marked(row.throughput.median / steps, row.throughput)
-    if row.float_throughput is None:
-        return UNKNOWN
-    seconds = (steps - report.float_steps) / row.throughput.median + report.float_calls / row.float_throughput.median
-    return _marked(1 / seconds, row.throughput.unsteady or row.float_throughput.unsteady)
-
-
-def _unsteady(row: SpeedRow) -> bool:
-    """Tell whether a time of which an image's is made is unsteady."""
-    return row.latency.unsteady or (row.float_latency is not None and row.float_latency.unsteady)
-
-
-def own_steps(report: SpeedReport, name: str) -> int | None:
-    """Number of sampling steps that a candidate takes for an image: the student's for ours, full precision's for the
-    others.
-    """
-    return report.steps if name == report.ours else report.full_precision_steps
-
-
-def _ratio(ours: SpeedRow | None, row: SpeedRow) -> str:
-    """Text of the ratio of our time of a step to a row's; unknown if either time is missing or unsteady."""
-    if ours is None or ours.latency.unsteady or row.latency.unsteady:
-        return UNKNOWN
-    return number_text(ours.latency.median_ms / row.latency.median_ms)
-
-
-LOADING = ("weights", "MB", "verify, ms", "read and unpack, ms", "compile, ms", "all, ms")
-"""Headings of the table of load times."""
-
-
-def loading_cells(load: LoadTime) -> list[str]:
-    """Texts of a row, in the order of LOADING; all times are medians."""
-    stages = (load.verify, load.read, load.compile)
-    times = [marked(timing.median_ms, timing) for timing in stages]
-    return [
-        load.weights,
-        f"{load.size_bytes / 1e6:.2f}",
-        *times,
-        number_text(sum(timing.median_ms for timing in stages)),
-    ]
-
-
-def precisions_text(row: SpeedRow) -> str:
-    """Number of convolutions and linear layers that executed in each precision, such as ``70 u8, 1 bf16``."""
-    if not row.layers:
-        return "f32" if row.name == REFERENCE else UNKNOWN
-    counted = Counter(row.layers.values()).most_common()
-    return ", ".join(f"{count} {precision}" for precision, count in counted)
 
 
 def title(report: SpeedReport, measurement: Measurement) -> str:
@@ -209,6 +94,13 @@ def speed_tables(report: SpeedReport) -> Iterator[TerminalTable]:
             rows = [image_cells(report, measurement, row) for row in measurement.rows]
             yield _candidates_table("the same, an image", image_headings(report), rows)
         yield _profile_table(measurement)
+    if report.cold is not None:
+        yield _candidates_table(
+            f"{report.source}: batch {report.cold.batch}, each in a process of its own, from its start",
+            cold_headings(report),
+            [cold_cells(report, start) for start in report.cold.rows],
+            "\n".join(f"{name}: not started: {why}" for name, why in report.cold.left_out.items()),
+        )
     loading = TerminalTable(*LOADING, title=f"{report.source}: loading", box=box.SIMPLE_HEAD)
     for load in report.loading:
         loading.add_row(*loading_cells(load))
@@ -252,6 +144,7 @@ def render(report: SpeedReport) -> str:
     """Render the self-contained page."""
     return page_template("benchmark_template.html").render(
         report=report,
+        cold=report.cold and (cold_headings(report), [cold_cells(report, start) for start in report.cold.rows]),
         loading=(LOADING, [loading_cells(load) for load in report.loading]),
         sections=[_section(report, index, measurement) for index, measurement in enumerate(report.measurements)],
         variants={row.name: summary_of(row.name) for measurement in report.measurements for row in measurement.rows},
@@ -343,7 +236,3 @@ def _bar(
 
 def _profiles(measurement: Measurement) -> dict[str, tuple[ProfileRow, ...]]:
     return {row.name: row.profile for row in measurement.rows if row.profile}
-
-
-def _ours(measurement: Measurement) -> SpeedRow | None:
-    return next((row for row in measurement.rows if spec_of(row.name).deploys), None)

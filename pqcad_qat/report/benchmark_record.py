@@ -59,6 +59,24 @@ class LoadTime:
 
 
 @dataclass(frozen=True)
+class ColdStart:
+    """A candidate started in a process of its own, with its files in the page cache."""
+
+    name: str  # as that of its SpeedRow
+    image: Timing  # from the start of the process to its first image, or one call where no steps are known
+    peak_bytes: int  # largest resident memory of such a process
+
+
+@dataclass(frozen=True)
+class ColdStarts:
+    """Cold starts of all candidates, on the native instruction set."""
+
+    batch: int
+    rows: tuple[ColdStart, ...]
+    left_out: Mapping[str, str]  # candidate -> reason why it has no row
+
+
+@dataclass(frozen=True)
 class SpeedReport:
     """Everything benchmark.json holds."""
 
@@ -71,6 +89,7 @@ class SpeedReport:
     measurements: tuple[Measurement, ...]
     # load times of our folder, on the machine and native instruction set of the first measurement
     loading: tuple[LoadTime, ...]
+    cold: ColdStarts | None  # None where the native instruction set is not timed
     left_out: Mapping[str, str]  # instruction set -> reason why nothing was timed under it
     command: str
     created: str  # ISO 8601, UTC

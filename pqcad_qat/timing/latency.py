@@ -1,14 +1,13 @@
-"""Latency and size of the report's variants: how each is compiled and called, and timing in turns.
+"""Latency and size of the report's variants: how each is compiled and called.
 
-Not here: the baselines' graphs (float_graph.py, baseline_trials.py), the time of single nodes (node_profile.py), image
+Not here: the baselines' graphs (float_graph.py, baseline_trials.py), reading them (graph_sources.py), timing in turns
+(turns.py), the time of single nodes (node_profile.py), image
 quality (quality/fidelity.py), the proof of the export (export/proof.py), and the look of the results (report/).
 """
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,25 +19,22 @@ from torch import Tensor, nn
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.cores import usable_cores
 from pqcad_qat.models.denoiser import predict
-from pqcad_qat.models.families.latent_rows import PLACES
 from pqcad_qat.policy.variants import FLOAT_STEPS, REFERENCE, VARIANTS
 from pqcad_qat.report.record import Hardware, Timing
-from pqcad_qat.serving.compiled_graph import compile_graph, reason, shared_core
-from pqcad_qat.serving.denoiser_graphs import float_graph, read_float_graph, read_graph
+from pqcad_qat.serving.compiled_graph import compile_graph, shared_core
+from pqcad_qat.serving.denoiser_graphs import float_graph
 from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_bytes
 from pqcad_qat.serving.graph_inputs import port_values
-from pqcad_qat.serving.manifest import FLOAT_GRAPH
 from pqcad_qat.timing.baseline_trials import Inputs
+from pqcad_qat.timing.graph_sources import read_source
 from pqcad_qat.timing.hardware import hardware
+from pqcad_qat.timing.turns import WARM_UP, time_interleaved
 
 F32: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}  # without it OpenVINO uses bfloat16 where the CPU has it
 """Property that makes OpenVINO compute in float32."""
 
 BF16: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "bf16"}
 """Property that makes OpenVINO compute in bfloat16."""
-
-WARM_UP = 3
-"""Number of untimed calls of each candidate before the first timed one."""
 
 PROFILING: Mapping[str, object] = {"PERF_COUNT": True}
 """Property that makes OpenVINO measure the time of every node."""
@@ -47,71 +43,6 @@ PRECISIONS: Mapping[str, Mapping[str, str]] = {
     spec.name: {"INFERENCE_PRECISION_HINT": spec.precision} for spec in VARIANTS.values() if spec.precision
 }
 """OpenVINO properties that a variant asks for, by variant; the other variants take OpenVINO's defaults."""
-
-REST_S = 0.02
-"""Rest before each timed call, in seconds.
-
-Why: after a call, torch's OpenMP worker keeps spinning for 4 ms and OpenVINO's TBB worker for 1 ms, measured as
-processor time that is spent while the main thread sleeps. That is longer than a whole INT8 sampling step. The workers
-count their spins, so a CPU with a slower pause instruction takes about three times as long.
-"""
-
-
-class FixedBatchError(ModelError):
-    """A graph does not take the batch, because sizes that follow from its own batch are constants in it."""
-
-
-def time_interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, warmup: int) -> dict[str, Timing]:
-    """Time every candidate ``runs`` times, in turns, so that a slow minute of the machine affects all of them alike.
-
-    The order rotates from round to round, and runs backwards in every second rotation. Before each timed call come a
-    rest of REST_S and an untimed call of the same candidate. During the rest the threads of the previous candidate fall
-    asleep. The untimed call fills the caches with the candidate's weights, as they are filled inside a sampler.
-
-    Raises:
-        ValueError: runs < 1 or warmup < 0.
-    """
-    if runs < 1 or warmup < 0:
-        raise ValueError(f"runs, warmup: got {runs} and {warmup}; allowed at least 1 and at least 0")
-    for call in candidates.values():
-        for _ in range(warmup):
-            call()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for turn in range(runs):
-            for name in turn_order(tuple(candidates), turn):
-                seconds[name].append(_time_settled(candidates[name]))
-    finally:
-        if collecting:
-            gc.enable()
-    return {name: timing(values) for name, values in seconds.items()}
-
-
-def turn_order(names: Sequence[str], turn: int) -> tuple[str, ...]:
-    """The order of one round: rotated by one in each round.
-
-    After each full rotation the direction is reversed, so that neighbours change sides.
-    """
-    lap, shift = divmod(turn, max(1, len(names)))
-    order = (*names[shift:], *names[:shift])
-    return order[::-1] if lap % 2 else order
-
-
-def timing(seconds: Sequence[float]) -> Timing:
-    """Median, minimum and quartiles (linear interpolation) of repeated runs in milliseconds, from their `seconds`."""
-    lower, median, upper = (float(q) * 1e3 for q in np.percentile(seconds, (25, 50, 75)))
-    return Timing(median, min(seconds) * 1e3, lower, upper, len(seconds))
-
-
-def _time_settled(call: Callable[[], object]) -> float:
-    """Seconds of one call, after a rest and an untimed call."""
-    time.sleep(REST_S)
-    call()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def torch_candidate(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
@@ -188,50 +119,6 @@ def compile_source(source: Path, properties: Mapping[str, object], batch: int | 
     """
     core = shared_core()
     return compile_graph(read_source(source, core, batch), core, properties=properties)
-
-
-def read_source(source: Path, core: ov.Core, batch: int | None = None) -> ov.Model:
-    """Read a graph's xml, or a deployed folder with its weights unpacked as our runtime does.
-
-    ``batch`` replaces the graph's own batch; None keeps it.
-
-    Raises:
-        ModelError: ``source`` is neither, or cannot be read.
-        FixedBatchError: its graph does not take that batch.
-    """
-    if (source / MANIFEST).is_file():
-        model = read_graph(source, core)
-    elif source.name == FLOAT_GRAPH:
-        model = read_float_graph(source.parent.parent, core)
-    elif not source.is_file():
-        raise ModelError(f"{source}: got no such file; allowed an OpenVINO model's xml or a deployed folder")
-    else:
-        try:
-            model = core.read_model(source)
-        except RuntimeError as error:
-            raise ModelError(
-                f"{source}: got a file that OpenVINO cannot read: {reason(error)}; "
-                "allowed an OpenVINO model's xml or a deployed folder"
-            ) from None
-    if batch is not None:
-        _set_batch(model, batch, source)
-    return model
-
-
-def _set_batch(model: ov.Model, batch: int, source: Path) -> None:
-    """Give the graph's inputs this batch, where theirs is another; positions of rows have no batch.
-
-    Raises:
-        FixedBatchError: the graph does not take that batch.
-    """
-    shapes = {port: list(port.shape) for port in model.inputs if port.get_any_name() not in PLACES}
-    if fixed := {shape[0] for shape in shapes.values()} - {batch}:
-        try:
-            model.reshape({port: [batch, *shape[1:]] for port, shape in shapes.items()})
-        except RuntimeError:
-            raise FixedBatchError(
-                f"{source}: got a batch of {batch}; allowed {fixed.pop()}, which is fixed in its graph"
-            ) from None
 
 
 def size_bytes(path: Path) -> int:

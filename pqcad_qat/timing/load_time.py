@@ -17,7 +17,8 @@ from pqcad_qat.serving.compiled_graph import compile_graph
 from pqcad_qat.serving.denoiser_graphs import read_graph
 from pqcad_qat.serving.deployed_folder import copy_folder, read_manifest
 from pqcad_qat.serving.packing import WeightFormat
-from pqcad_qat.timing.latency import size_bytes, timing
+from pqcad_qat.timing.latency import size_bytes
+from pqcad_qat.timing.turns import timing
 
 Result = TypeVar("Result")
 """Result of a timed call."""

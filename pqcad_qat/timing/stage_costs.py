@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-
+from pqcad_qat.machine.memory import peak_resident, resident
 from pqcad_qat.report.rehearsal_record import StageCost
 
-_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-"""Linux's files that reset the process's peak of resident memory, and that state its memory."""
+_CLEAR = Path("/proc/self/clear_refs")
+"""Linux's file that resets the process's peak of resident memory."""
 
 _RESET_PEAK = "5"  # see the manual page proc_pid_clear_refs(5)
 """Text whose writing resets the peak."""
@@ -51,20 +49,10 @@ class StageMeter:
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
-        peak = _resident("VmHWM") if exact else None
+        peak = resident("VmHWM") if exact else None
         _give_back()
-        self.costs.append(StageCost(name, seconds, peak, _resident("VmRSS") if exact else None))
+        self.costs.append(StageCost(name, seconds, peak, resident("VmRSS") if exact else None))
         self._tell(self.costs[-1])
-
-
-def peak_resident() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource  # Windows has no such module
-
-    # kilobytes on Linux, bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _reset_peak() -> bool:
@@ -74,12 +62,6 @@ def _reset_peak() -> bool:
     except OSError:
         return False
     return True
-
-
-def _resident(key: str) -> int:
-    """A value in bytes from the process's status, which states kilobytes."""
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="utf-8").splitlines())
-    return int(lines[key].split()[0]) * 1024
 
 
 def _give_back() -> None:

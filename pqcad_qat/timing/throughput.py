@@ -19,7 +19,8 @@ from torch import nn
 
 from pqcad_qat.report.record import Throughput
 from pqcad_qat.timing.baseline_trials import Inputs
-from pqcad_qat.timing.latency import REST_S, compile_source, inputs_of, torch_candidate, turn_order
+from pqcad_qat.timing.latency import compile_source, inputs_of, torch_candidate
+from pqcad_qat.timing.turns import REST_S, turn_order
 
 ROUNDS = 5
 """Number of timed bursts of each candidate."""
@@ -50,7 +51,7 @@ def openvino_load(source: Path, config: Mapping[str, object], inputs: Inputs) ->
     OpenVINO chooses the number of streams and of simultaneous calls.
 
     Raises:
-        ModelError: as `latency.read_source`.
+        ModelError: as `graph_sources.read_source`.
     """
     compiled = compile_source(source, {"PERFORMANCE_HINT": "THROUGHPUT", **config}, len(inputs["sample"]))
     queue = ov.AsyncInferQueue(compiled)

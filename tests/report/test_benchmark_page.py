@@ -18,14 +18,18 @@ from report_fixture import fixture_report
 from rich.console import Console
 
 from pqcad_qat.policy.variants import NNCF_INT8, OV_BF16, PQCAD_OPENVINO, spec_of
-from pqcad_qat.report.benchmark_page import (
+from pqcad_qat.report.benchmark_cells import (
     HEADINGS,
     cells,
+    cold_cells,
+    cold_headings,
     image_cells,
     image_headings,
-    kind_milliseconds,
     loading_cells,
     precisions_text,
+)
+from pqcad_qat.report.benchmark_page import (
+    kind_milliseconds,
     remarks,
     render,
     speed_chart,
@@ -33,6 +37,7 @@ from pqcad_qat.report.benchmark_page import (
     write_speed,
 )
 from pqcad_qat.report.benchmark_record import SpeedReport, SpeedRow
+from pqcad_qat.report.page import UNKNOWN
 from pqcad_qat.report.record import UNSTEADY_NOTE, ProfileRow, Throughput, Timing
 
 
@@ -131,6 +136,18 @@ def test_loading_is_shown_by_format_with_its_parts() -> None:
     assert loading_cells(LOADED) == ["packed", "0.60", "1.00", "20.0", "300", "321"]
     assert re.search(r"packed +0\.60 +1\.00 +20\.0 +300 +321", printed(record()))
     assert f"Load time of {PQCAD_OPENVINO}" in render(record())
+
+
+def test_cold_starts_compare_time_and_memory_with_ours() -> None:
+    report = record()
+    assert report.cold is not None
+    float32, ours = report.cold.rows
+    assert cold_headings(report)[1] == "ms to the first image"
+    assert cold_headings(record(None))[1] == "ms to the first call"
+    assert cold_cells(report, float32)[1:] == ["2,000", "1,950 - 2,100", "0.500", "400", "0.250"]
+    assert cold_cells(report, ours)[-3:] == ["1.00", "100", "1.00"]
+    unsteady = replace(float32, image=Timing(2000, 1000, 1500, 2500, 5))
+    assert cold_cells(report, unsteady)[3] == UNKNOWN
 
 
 def test_where_no_steps_are_known_only_steps_are_counted() -> None:

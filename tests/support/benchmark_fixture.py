@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from report_fixture import fixture_report
 
-from pqcad_qat.policy.variants import FP32, OV_BF16, PQCAD_OPENVINO
-from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
+from pqcad_qat.policy.variants import FP32, OV_BF16, OV_FP32, PQCAD_OPENVINO
+from pqcad_qat.report.benchmark_record import ColdStart, ColdStarts, LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.report.record import ProfileRow, Throughput, Timing
 
 FULL = SpeedRow(FP32, Timing(20, 19, 19.5, 21, 9), Throughput(60, 62, 59, 61, 5, 8, 1), 4_000_000)
@@ -28,6 +28,15 @@ OURS = SpeedRow(
 
 LOADED = LoadTime("packed", 600_000, Timing(1, 1, 1, 1, 3), Timing(20, 20, 20, 20, 3), Timing(300, 300, 300, 300, 3))
 
+COLD = ColdStarts(
+    2,
+    (
+        ColdStart(OV_FP32, Timing(2000, 1900, 1950, 2100, 5), 400_000_000),
+        ColdStart(PQCAD_OPENVINO, Timing(1000, 990, 995, 1010, 5), 100_000_000),
+    ),
+    {OV_BF16: "its process died of SIGKILL <here>"},
+)
+
 
 def record(steps: int | None = 10, *rows: SpeedRow, batch: int = 2) -> SpeedReport:
     measurement = Measurement(
@@ -44,6 +53,7 @@ def record(steps: int | None = 10, *rows: SpeedRow, batch: int = 2) -> SpeedRepo
         full,
         (measurement,),
         (LOADED,),
+        COLD,
         left_out,
         "again",
         "2000-01-01",

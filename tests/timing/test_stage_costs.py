@@ -29,7 +29,7 @@ def test_the_peak_of_a_stage_is_its_own_and_what_it_frees_is_not_kept() -> None:
     assert large[0] > before[1] + 0.9 * BLOCK
     assert after[0] < large[0] - 0.9 * BLOCK
     assert large[1] < large[0] - 0.9 * BLOCK
-    assert meter.peak_bytes == large[0]
+    assert meter.peak_bytes == max(before[0], large[0], after[0])
     assert told == meter.costs
     assert [cost.name for cost in told] == ["before", "large", "after"]
 

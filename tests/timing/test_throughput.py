@@ -16,7 +16,8 @@ from tiny_runs import fixed_batch_graph
 
 from pqcad_qat.models.untrained import random_denoiser
 from pqcad_qat.timing.float_graph import convert_float, example_inputs
-from pqcad_qat.timing.latency import F32, FixedBatchError
+from pqcad_qat.timing.graph_sources import FixedBatchError
+from pqcad_qat.timing.latency import F32
 from pqcad_qat.timing.throughput import FILLS, Load, openvino_load, throughput_in_turns, torch_load
 
 
