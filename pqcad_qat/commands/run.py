@@ -24,7 +24,17 @@ from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PTQ, STUDENTS, stages_of
 from pqcad_qat.quantization.plan_facts import plan_json
-from pqcad_qat.report.run_preview import AGAIN, GOES_ON, KEPT, TO_DO, RunPreview, StagePreview, about, time_ahead
+from pqcad_qat.report.run_preview import (
+    AGAIN,
+    GOES_ON,
+    KEPT,
+    TO_DO,
+    RunPreview,
+    StagePreview,
+    StageSeconds,
+    about,
+    time_ahead,
+)
 from pqcad_qat.report.tables import plan_text
 from pqcad_qat.stages.baselines import make_baselines
 from pqcad_qat.stages.chosen_widths import choose_widths, warn_of_lost_quality
@@ -80,17 +90,17 @@ def run(
             console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         seconds = _seconds(policy, prepared, console, to_do)
         if seconds:
-            console.print(Text(time_ahead(seconds)), soft_wrap=True)
+            console.print(Text(time_ahead(seconds.values())), soft_wrap=True)
         begun = monotonic()
         page = _all_stages(policy, prepared, folder, console, command=command, shares_training=shares_training)
         if seconds:
-            took, expected = about(monotonic() - begun), about(sum(seconds.values()))
+            took, expected = about(monotonic() - begun), about(sum(time.expected for time in seconds.values()))
             console.print(Text(f"the stages took {took}; about {expected} had been expected"), soft_wrap=True)
         return page
 
 
-def _seconds(policy: Policy, prepared: Prepared, console: Console, to_do: Sequence[str]) -> dict[str, float]:
-    """The time that each of the stages is expected to take; nothing is timed for a comparison alone."""
+def _seconds(policy: Policy, prepared: Prepared, console: Console, to_do: Sequence[str]) -> dict[str, StageSeconds]:
+    """The time that each of the stages takes; nothing is timed for a comparison alone."""
     if set(to_do) <= {"evaluation"}:
         return {}
     with working(console, "timing a call of the model and a training step"):
@@ -128,7 +138,8 @@ def preview(
         steps = most_steps(policy, stage) if trains else None
         size = stage_bytes(policy, prepared, table, stage)
         automatic = trains and training_steps(policy, stage) is None
-        stages.append(StagePreview(stage, state, again.get(stage, ""), steps, size, automatic, seconds.get(stage, 0.0)))
+        time = seconds.get(stage, StageSeconds())
+        stages.append(StagePreview(stage, state, again.get(stage, ""), steps, size, automatic, time))
     notes = notes_on(policy, prepared.plan, prepared.remarks, prepared.model.folder)
     return RunPreview(path, prepared.split, prepared.plan, notes, tuple(stages), free_bytes(path))
 

@@ -5,14 +5,13 @@ Not here: how it is computed (commands/run.py), or how it looks (tables.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 from torch import nn
 
-from pqcad_qat.policy.variants import TRAINED
 from pqcad_qat.quantization.plan import LayerPlan
 
 KEPT, AGAIN, GOES_ON, TO_DO = "kept", "again", "goes on", "to do"
@@ -43,11 +42,25 @@ def bytes_wanted(stages: Sequence[StageBytes]) -> int:
     return max((there + stage.working for there, stage in zip(before, stages, strict=False)), default=0)
 
 
-def time_ahead(seconds: Mapping[str, float]) -> str:
+@dataclass(frozen=True)
+class StageSeconds:
+    """Wall time of a stage, in seconds.
+
+    Attributes:
+        expected: what it takes as a rule.
+        most: what it may take at most; it is more where the stage finds its number of training steps by itself.
+    """
+
+    expected: float = 0.0
+    most: float = 0.0
+
+
+def time_ahead(stages: Iterable[StageSeconds]) -> str:
     """Sentence on the time that stages are expected to take."""
-    training = sum(seconds.get(stage, 0.0) for stage in TRAINED)
-    at_most = f", training {about(training)} of it at most" if training else ""
-    return f"the stages to do take about {about(sum(seconds.values()))} on this machine{at_most}"
+    times = list(stages)
+    expected, most = about(sum(time.expected for time in times)), about(sum(time.most for time in times))
+    at_most = f", and {most} at most: training ends by itself" if most != expected else ""
+    return f"the stages to do take about {expected} on this machine{at_most}"
 
 
 def about(seconds: float) -> str:
@@ -69,7 +82,7 @@ class StagePreview:
         training_steps: number of training steps; None for a stage that does not train.
         size: bytes that it occupies on disk.
         automatic: whether the stage finds its number of steps by itself, up to `training_steps`.
-        seconds: wall time that it is expected to take; 0 for one that is kept.
+        seconds: wall time that it takes; 0 for one that is kept.
     """
 
     name: str
@@ -78,7 +91,7 @@ class StagePreview:
     training_steps: int | None
     size: StageBytes
     automatic: bool = False
-    seconds: float = 0.0
+    seconds: StageSeconds = StageSeconds()
 
 
 @dataclass(frozen=True)

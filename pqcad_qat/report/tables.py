@@ -163,7 +163,7 @@ def stages_ahead(preview: RunPreview) -> TerminalTable:
     ahead = [stage for stage in preview.stages if stage.state != KEPT]
     wanted = bytes_wanted([stage.size for stage in ahead])
     caption = (
-        f"{time_ahead({stage.name: stage.seconds for stage in ahead})}\n"
+        f"{time_ahead(stage.seconds for stage in ahead)}\n"
         f"about {_megabytes(wanted)} MB are wanted at most, {_megabytes(preview.free_bytes)} MB are free"
     )
     table = TerminalTable(
@@ -180,7 +180,7 @@ def stages_ahead(preview: RunPreview) -> TerminalTable:
         state = f"{stage.state}: {stage.reason}" if stage.reason else stage.state
         steps = "" if stage.training_steps is None else _steps(stage.training_steps, stage.automatic)
         size = "" if stage.state == KEPT or not stage.size.working else f"{stage.size.working / 1e6:,.1f}"
-        minutes = "" if stage.state == KEPT else f"{stage.seconds / 60:.1f}"
+        minutes = "" if stage.state == KEPT else f"{stage.seconds.expected / 60:.1f}"
         table.add_row(*map(Text, (stage.name, state, steps, minutes, size)))
     return table
 

@@ -25,9 +25,11 @@ from pqcad_qat.policy.variants import (
     FIXED_BIT,
     FLOAT_STEPS,
     OPENVINO,
+    PQ,
     PTQ,
     REFERENCE,
     STEP_COSTS,
+    STUDENTS,
     TRAINED,
     VARIANTS,
     stages_of,
@@ -36,6 +38,7 @@ from pqcad_qat.quantization.conversion import frozen_weights, quantize_model, qu
 from pqcad_qat.quantization.layer_state import set_input_range
 from pqcad_qat.quantization.learned_rounding import BATCH
 from pqcad_qat.quantization.quantizable_layers import parameter_count
+from pqcad_qat.report.run_preview import StageSeconds
 from pqcad_qat.stages import held_out_images
 from pqcad_qat.stages.float_steps import measured, students_sampled
 from pqcad_qat.stages.fresh_images import IMAGES
@@ -62,6 +65,11 @@ CANDIDATES = 4
 LEARNING, WATCHED = 6, 3
 """Where rounding is learned: calls that a step of one state takes as long as, and calls for each state that blocks
 learn from (finished_blocks.py).
+"""
+
+FOUND: Mapping[str, int] = {PQ: 600, FIXED_BIT: 600, **dict.fromkeys(STUDENTS, 250)}
+"""Numbers of training steps, trials of the learning rate among them, after which stages that find them by themselves
+have ended as a rule (NOTES.md).
 """
 
 COLUMN, COLUMN_OF_OUTPUT = 5e-4, 2e-6
@@ -99,15 +107,18 @@ def measured_pace(policy: Policy, prepared: Prepared, to_do: Collection[str]) ->
     return Pace(full, quantized, _step_seconds(policy, prepared, model) if trains else None)
 
 
-def estimated_seconds(policy: Policy, prepared: Prepared, to_do: Collection[str], pace: Pace) -> dict[str, float]:
-    """Stage -> seconds that it is expected to take; at most, where a stage finds its number of training steps."""
+def estimated_seconds(
+    policy: Policy, prepared: Prepared, to_do: Collection[str], pace: Pace
+) -> dict[str, StageSeconds]:
+    """The wall time of each of the stages to do."""
     estimate = _Estimate(policy, prepared, pace)
     seconds = {stage: estimate.of(stage) for stage in to_do}
     # what layers read is watched once, by the first stage that quantizes the model
     first = next((stage for stage in seconds if stage in (STEP_COSTS, PTQ) or estimate.tries_float_steps(stage)), None)
     if first is not None:
         seconds[first] += 2 * RANGE_INPUTS * pace.full
-    return seconds
+    more = {stage: estimate.more_training(stage) for stage in seconds}
+    return {stage: StageSeconds(expected, expected + more[stage]) for stage, expected in seconds.items()}
 
 
 class _Estimate:
@@ -175,17 +186,29 @@ class _Estimate:
 
     def training(self, stage: str) -> float:
         """Its training steps, and the images of the sets of weights that it may keep."""
-        policy, step = self.policy, self.pace.step or 0.0
-        if stage == FIXED_BIT and control_is_pq(policy, self.prepared):
+        if stage == FIXED_BIT and control_is_pq(self.policy, self.prepared):
             return 0.0
-        seconds = most_steps(policy, stage) * step
-        if training_steps(policy, stage) is None and policy.training.minutes is not None:
-            stages = [name for name in TRAINED if name in stages_of(policy.variants)]
-            automatic = [name for name in stages if training_steps(policy, name) is None]
-            seconds = min(seconds, 60 * policy.training.minutes / len(automatic))
-        images = min(held_out_images.IMAGES, max(1, policy.calibration.trajectories // 8))
-        own = policy.sampling_steps(stage) * CANDIDATES * self.pace.quantized
-        return seconds + images * self.calls * (own + self.steps * self.pace.full)
+        images = min(held_out_images.IMAGES, max(1, self.policy.calibration.trajectories // 8))
+        own = self.policy.sampling_steps(stage) * CANDIDATES * self.pace.quantized
+        return self.training_steps(stage, FOUND) + images * self.calls * (own + self.steps * self.pace.full)
+
+    def training_steps(self, stage: str, found: Mapping[str, int]) -> float:
+        """Seconds of a stage's training steps, which are `found` where it finds their number by itself."""
+        policy, most, step = self.policy, most_steps(self.policy, stage), self.pace.step or 0.0
+        if training_steps(policy, stage) is not None:
+            return most * step
+        seconds = min(most, found.get(stage, most)) * step
+        if policy.training.minutes is None:
+            return seconds
+        stages = [name for name in TRAINED if name in stages_of(policy.variants)]
+        automatic = [name for name in stages if training_steps(policy, name) is None]
+        return min(seconds, 60 * policy.training.minutes / len(automatic))
+
+    def more_training(self, stage: str) -> float:
+        """Seconds that a stage takes beyond what is expected, if its training does not end by itself."""
+        if stage not in TRAINED or not self.training(stage):
+            return 0.0
+        return self.training_steps(stage, {}) - self.training_steps(stage, FOUND)
 
     def teacher(self) -> float:
         targets = self.policy.calibration.trajectories * self.steps * self.calls * self.pace.quantized

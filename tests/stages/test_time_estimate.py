@@ -10,13 +10,14 @@ from tiny_runs import POLICIES, FinishedRun, tiny_overrides
 
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import FIXED_BIT, FP32, FP32_HALF, PQ, PQCAD, PTQ, STEP_COSTS, TRAINED
+from pqcad_qat.policy.variants import FIXED_BIT, FP32, FP32_HALF, PQ, PQCAD, PTQ, STEP_COSTS
 from pqcad_qat.quantization.learned_rounding import BATCH
-from pqcad_qat.report.run_preview import about, time_ahead
+from pqcad_qat.report.run_preview import StageSeconds, about, time_ahead
 from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared, prepare
 from pqcad_qat.stages.stage_dependencies import recipes, sampling
 from pqcad_qat.stages.time_estimate import (
     FOLDER,
+    FOUND,
     LEARNING,
     OF_PARAMETER,
     WATCHED,
@@ -35,7 +36,7 @@ def prepared(tiny_policy: Policy) -> Prepared:
 
 def estimate(folder: Path, prepared: Prepared, *overrides: str, of: str) -> float:
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(folder, *overrides))
-    return estimated_seconds(policy, prepared, list(recipes(policy, prepared)), PACE)[of]
+    return estimated_seconds(policy, prepared, list(recipes(policy, prepared)), PACE)[of].most
 
 
 def test_trajectories_and_images_take_a_call_for_each_of_their_steps(tiny_folder: Path, prepared: Prepared) -> None:
@@ -67,6 +68,21 @@ def test_training_takes_its_steps_or_its_share_of_the_minutes(tiny_folder: Path,
     assert estimate(tiny_folder, prepared, *found, "training.minutes=null", of=PQ) == 50 * 100 + images
 
 
+def test_a_stage_that_ends_by_itself_is_expected_to_take_what_others_took(
+    tiny_folder: Path, prepared: Prepared
+) -> None:
+    def found(*overrides: str) -> StageSeconds:
+        settings = ("progressive.steps=auto", "training.minutes=null", *overrides)
+        policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder, *settings))
+        return estimated_seconds(policy, prepared, list(recipes(policy, prepared)), PACE)[PQ]
+
+    many, few = found("training.max_steps=2000"), found("training.max_steps=50")
+    assert many.most - many.expected == (2000 - FOUND[PQ]) * 100
+    assert few.most == few.expected < many.expected
+    given = estimated_seconds(load_policy(POLICIES / "smoke.yaml"), prepared, [PQ], PACE)[PQ]
+    assert given.most == given.expected
+
+
 def test_a_control_that_is_pq_itself_takes_no_time(tiny_folder: Path, prepared: Prepared) -> None:
     alike = replace(prepared, plan=tuple(replace(layer, ladder=(layer.weights.bits,)) for layer in prepared.plan))
     assert estimate(tiny_folder, alike, of=FIXED_BIT) == 0
@@ -78,10 +94,10 @@ def test_what_layers_read_is_watched_once_by_the_first_stage_that_is_to_do(
 ) -> None:
     ranges = 2 * RANGE_INPUTS * PACE.full
     both = estimated_seconds(tiny_policy, prepared, [STEP_COSTS, PTQ], PACE)
-    assert both[PTQ] == 0  # rounded each by itself
-    assert both[STEP_COSTS] > ranges
-    assert estimated_seconds(tiny_policy, prepared, [PTQ], PACE)[PTQ] == ranges
-    assert sum(estimated_seconds(tiny_policy, prepared, ["evaluation"], PACE).values()) == 0
+    assert both[PTQ].expected == 0  # rounded each by itself
+    assert both[STEP_COSTS].expected > ranges
+    assert estimated_seconds(tiny_policy, prepared, [PTQ], PACE)[PTQ].expected == ranges
+    assert estimated_seconds(tiny_policy, prepared, ["evaluation"], PACE)["evaluation"].most == 0
 
 
 def test_gptq_takes_half_a_call_for_each_pass(tiny_folder: Path, prepared: Prepared) -> None:
@@ -119,7 +135,7 @@ def test_a_run_tells_its_time_before_its_first_stage(tiny_run: FinishedRun) -> N
 
 def test_times_are_told_in_minutes_and_hours() -> None:
     assert [about(seconds) for seconds in (1, 89, 3600, 7200)] == ["a minute", "1 min", "60 min", "2.0 h"]
-    assert time_ahead({"calibration": 60, TRAINED[0]: 180}) == (
-        "the stages to do take about 4 min on this machine, training 3 min of it at most"
+    assert time_ahead([StageSeconds(60, 60), StageSeconds(180, 1800)]) == (
+        "the stages to do take about 4 min on this machine, and 31 min at most: training ends by itself"
     )
-    assert "training" not in time_ahead({PTQ: 60})
+    assert "at most" not in time_ahead([StageSeconds(60, 60)])
