@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import openvino as ov
 
 from pqcad_qat.errors import ExportError
@@ -23,6 +24,9 @@ from pqcad_qat.export.node_marks import quantizer_of
 
 if TYPE_CHECKING:
     from pqcad_qat.quantization.integer_layer import IntegerLayer
+
+Range = npt.NDArray[np.float32]
+"""An end of a quantizer's range: one for the whole tensor, or one for each channel, in a shape that broadcasts."""
 
 UPSAMPLED = ([0, 0], [2**31, 2**31], [2, 2], [2, 3])
 """Start, stop, step and axes of the Slice that undoes a twofold upsampling: every second pixel of every second row."""
@@ -64,7 +68,7 @@ def _copy_quantizer(name: str, product: ov.Node, source: ov.Node) -> ov.Node:
         kind = product.input_value(0).get_node().get_type_name()
         raise ExportError(f"{name}: got an input from {kind} in the shipped graph; allowed one from FakeQuantize")
     ranges = [value.get_node() for value in fake_quantize.input_values()[1:]]
-    in_low, in_high, out_low, out_high = (float(np.asarray(constant.data).item()) for constant in ranges)
+    in_low, in_high, out_low, out_high = (np.asarray(constant.data, np.float32) for constant in ranges)
     source = _in_its_units(source, in_low, in_high, out_low, out_high=out_high)
     before = fake_quantize.input_value(0).get_node()
     if before.get_type_name() == "Clamp":
@@ -73,16 +77,19 @@ def _copy_quantizer(name: str, product: ov.Node, source: ov.Node) -> ov.Node:
     return ov.opset13.fake_quantize(source, *ranges, fake_quantize.get_attributes()["levels"])
 
 
-def _in_its_units(source: ov.Node, in_low: float, in_high: float, out_low: float, *, out_high: float) -> ov.Node:
+def _in_its_units(source: ov.Node, in_low: Range, in_high: Range, out_low: Range, *, out_high: Range) -> ov.Node:
     """The source in the units that a FakeQuantize reads.
 
-    OpenVINO fuses a factor before a FakeQuantize into its input range, which then differs from its output range.
+    OpenVINO fuses a factor before a FakeQuantize into its input range, which then differs from its output range; a
+    factor of each channel gives the input a range of each channel.
     """
-    if (in_low, in_high) == (out_low, out_high):
+    if np.array_equal(in_low, out_low) and np.array_equal(in_high, out_high):
         return source
-    shifted = ov.opset13.subtract(source, np.float32(out_low))
-    scaled = ov.opset13.multiply(shifted, np.float32((in_high - in_low) / (out_high - out_low)))
-    return ov.opset13.add(scaled, np.float32(in_low))
+    factor = (in_high - in_low) / (out_high - out_low)
+    if np.array_equal(in_low, out_low * factor):  # nothing is added, so that a power of two changes no last bit
+        return ov.opset13.multiply(source, factor)
+    scaled = ov.opset13.multiply(ov.opset13.subtract(source, out_low), factor)
+    return ov.opset13.add(scaled, in_low)
 
 
 def _output(product: ov.Node, layer: IntegerLayer) -> tuple[ov.Node, bool]:

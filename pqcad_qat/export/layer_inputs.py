@@ -42,7 +42,7 @@ class LayerInputs(Mapping[str, npt.NDArray[np.float32]]):
 
 @contextmanager
 def recorded_inputs(model: nn.Module, inputs: DenoiserInput, beside: Path) -> Iterator[LayerInputs]:
-    """Record the input of every quantized layer while the model predicts once.
+    """Record the input of every quantized layer while the model predicts once, in the units of its quantizer.
 
     Layers that share an input quantizer share a file. The files are deleted when the context ends.
 
@@ -55,10 +55,15 @@ def recorded_inputs(model: nn.Module, inputs: DenoiserInput, beside: Path) -> It
     leaders = dict.fromkeys(layer.plan.input_group for layer in layers.values())
     with tempfile.TemporaryDirectory(prefix=".inputs-", dir=beside) as folder:
         files = {leader: Path(folder) / f"{place}.npy" for place, leader in enumerate(leaders)}
-        with watched_inputs((layers[leader], partial(_write, file)) for leader, file in files.items()), torch.no_grad():
+        watched = [
+            (layers[leader], partial(_write, file, layers[leader].input_quant.factors))
+            for leader, file in files.items()
+        ]
+        with watched_inputs(watched), torch.no_grad():
             predict(model.eval(), *inputs)
         yield LayerInputs({name: files[layer.plan.input_group] for name, layer in layers.items()})
 
 
-def _write(file: Path, tensor: Tensor) -> None:
-    np.save(file, tensor.detach().numpy())
+def _write(file: Path, factors: Tensor | None, tensor: Tensor) -> None:
+    tensor = tensor.detach()
+    np.save(file, (tensor if factors is None else tensor * factors).numpy())

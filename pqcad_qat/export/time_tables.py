@@ -162,7 +162,8 @@ def timestep_tables(
         elif path == "time_proj" or isinstance(module, Timesteps):
             scope = path.removesuffix("time_proj")
             readers = [layers.get(f"{scope}{name}.linear_1") for name in ("time_embedding", "timestep_embedder")]
-            reader = None if shared else next((layer for layer in readers if layer is not None), None)
+            planned = [layer for layer in readers if layer is not None and layer.input_factors is None]
+            reader = None if shared else next(iter(planned), None)
             if not isinstance(times, Tensor):
                 replacements[path] = TimestepTable(module, times, reader)
                 continue

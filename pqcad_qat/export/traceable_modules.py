@@ -67,7 +67,12 @@ class QuantizedInput(nn.Module):
     point. A narrower grid is therefore written as a Clamp followed by a FakeQuantize of 256 levels with the same scale
     and zero point. The Clamp's bounds are the ends of the grid, which are grid points themselves. The values are the
     same for every width.
+
+    Attributes:
+        factors: what the channels are multiplied by before that, in a shape that does it; None for nothing.
     """
+
+    factors: Tensor | None
 
     def __init__(self, layer: IntegerLayer) -> None:
         """Take the grid of the layer's input.
@@ -84,9 +89,13 @@ class QuantizedInput(nn.Module):
                 f"{self.grid} that holds its zero point"
             )
         self.scale, self.zero_point = float(layer.input_scale), int(zero)
+        factors = layer.input_factors
+        self.register_buffer("factors", None if factors is None else _over_inputs(factors, layer.kind))
         self.bounds = None if (low, high) == self.grid else ((low - zero) * self.scale, (high - zero) * self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.factors is not None:
+            x = x * self.factors
         if self.bounds is not None:
             x = torch.clamp(x, *self.bounds)
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, *self.grid)
@@ -166,6 +175,11 @@ class IntegerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.input(x), self.weight(), self.bias)
+
+
+def _over_inputs(factors: npt.NDArray[np.float32], kind: str) -> Tensor:
+    """Factors (I,) in the shape that multiplies an input of a layer of this kind."""
+    return torch.from_numpy(factors.reshape((-1, 1, 1) if kind == "Conv2d" else (-1,)))
 
 
 def _bias(layer: IntegerLayer) -> Tensor | None:

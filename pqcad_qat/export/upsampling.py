@@ -111,12 +111,12 @@ def _int8_weights(convolution: ov.Node) -> ov.Output | None:
 def _enlarged(convolution: ov.Node) -> tuple[ov.Input, ov.Output] | None:
     """The input port that reads the upsampled image, and the image before the upsampling, or None.
 
-    A FakeQuantize and a Clamp may stand between, if nothing else reads them: they act on each value alone, so they give
-    the same result before the upsampling.
+    A FakeQuantize, a Clamp and factors of channels may stand between, if nothing else reads them: they act on each
+    value alone, so they give the same result before the upsampling.
     """
     reader = convolution.input(0)
     node = reader.get_source_output().get_node()
-    while node.get_type_name() in ("FakeQuantize", "Clamp") and len(node.output(0).get_target_inputs()) == 1:
+    while _of_values(node) and len(node.output(0).get_target_inputs()) == 1:
         reader = node.input(0)
         node = reader.get_source_output().get_node()
     if node.get_type_name() != "Interpolate":
@@ -124,6 +124,14 @@ def _enlarged(convolution: ov.Node) -> tuple[ov.Input, ov.Output] | None:
     image, attributes = node.input_value(0), node.get_attributes()
     twofold = list(node.get_output_shape(0))[2:] == [2 * size for size in list(image.get_shape())[2:]]
     return (reader, image) if twofold and all(attributes[key] == value for key, value in TWOFOLD.items()) else None
+
+
+def _of_values(node: ov.Node) -> bool:
+    """Whether a node acts on each value of a picture alone: a quantizer, a clamp, or factors of the channels."""
+    if node.get_type_name() == "Multiply":
+        factors = node.input_value(1)
+        return factors.get_node().get_type_name() == "Constant" and list(factors.get_shape())[-2:] in ([], [1, 1])
+    return node.get_type_name() in ("FakeQuantize", "Clamp")
 
 
 def _bias(convolution: ov.Node) -> tuple[ov.Node, ov.Output] | None:

@@ -54,6 +54,12 @@ class InputQuantizer(Section):
     range: Literal["min_max", "mse"] = Field(
         "mse", description="statistic of the calibration set behind the scale: the extremes, or the least squared error"
     )
+    equalize: bool = Field(
+        False,
+        description="multiply each channel by a power of two before the quantizer, and divide the weights that read it "
+        "by the same, so that the ranges of channels differ less (as SmoothQuant, arXiv 2211.10438); it pays where "
+        "inputs have no more bits than weights, and OpenVINO GenAI's adapters do not fit such layers",
+    )
 
     def faults(self) -> Iterator[Fault]:
         if self.signed != "auto" and not self.symmetric:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import brevitas.nn
@@ -89,10 +90,23 @@ class WeightProxy(WeightQuantProxyFromInjector):
 
 
 class InputProxy(ActQuantProxyFromInjector):
-    """Brevitas's activation proxy, changed in the same way as WeightProxy, but never frozen."""
+    """Brevitas's activation proxy, changed in the same way as WeightProxy, but never frozen.
+
+    Attributes:
+        factors: what the channels of the input are multiplied by (equalization.py), in a shape that does it; None where
+            they are not.
+    """
+
+    factors: Tensor | None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("factors", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The quantized input, or the input itself where the quantizer is off."""
+        """The quantized input, or, where the quantizer is off, the input itself, in the units of the weights."""
+        if self.factors is not None:
+            x = x * self.factors
         if self.disable_quant:
             return x
         y: Tensor = self.fused_activation_quant_proxy.tensor_quant.fused(x)
@@ -105,8 +119,11 @@ class InputProxy(ActQuantProxyFromInjector):
         )
         return getattr(self.create_quant_tensor(quantized, x=None), attribute)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        _load_in_place(super()._load_from_state_dict, *args)
+    def _load_from_state_dict(self, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        stored = state.get(f"{prefix}factors")
+        if self.factors is None and stored is not None:
+            self.factors = torch.empty_like(stored)
+        _load_in_place(super()._load_from_state_dict, state, prefix, *args)
 
 
 class QuantizedConv2d(brevitas.nn.QuantConv2d):

@@ -16,9 +16,11 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.quantization.brevitas_layers import QuantizedConv2d, QuantizedLinear
+from pqcad_qat.quantization.equalization import channel_of
 from pqcad_qat.quantization.integer_layer import IntegerLayer, integer_layer
 from pqcad_qat.quantization.layer_state import (
     QuantizedLayer,
+    equalize_input,
     estimate_weight_range,
     quantized_weight,
     read_bits,
@@ -121,10 +123,15 @@ def observed_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> di
     leaders = {name: layer for name, layer in layers.items() if layer.plan.input_group == layer.plan.name}
     if not (samples := tuple(batches)):
         raise ModelError("calibration data: got no batch; allowed at least one")
-    seen = {group: InputRange(group) for group in (layer.plan.name for layer in leaders.values())}
+    seen = {
+        layer.plan.name: InputRange(layer.plan.name, channel_of(layer) if layer.plan.inputs.equalize else None)
+        for layer in leaders.values()
+    }
     _watch(model, layers, samples, {group: watched.watch_extremes for group, watched in seen.items()})
     for watched in seen.values():
         watched.check()
+        if watched.channel is not None:
+            watched.equalize()
     searched = {layer.plan.name for layer in leaders.values() if layer.plan.inputs.range != "min_max"}
     if searched:
         _watch(
@@ -137,11 +144,14 @@ def observed_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> di
 
 
 def set_ranges(model: nn.Module, seen: Mapping[str, InputRange]) -> None:
-    """Set the range of every input from what `observed_ranges` saw, also in another copy of the model.
+    """Set the range of every input from what `observed_ranges` saw, also in another copy of the model, and the factors
+    of its channels where they are equalized.
 
     Widths and signs are those of this model's plan, so they may differ between copies.
     """
     for layer in quantized_layers(model).values():
+        if (factors := seen[layer.plan.input_group].factors) is not None:
+            equalize_input(layer, factors)
         if layer.plan.input_group == layer.plan.name:
             _set_range(layer, seen[layer.plan.name])
 

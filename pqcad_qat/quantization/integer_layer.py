@@ -28,8 +28,9 @@ from pqcad_qat.quantization.layer_state import (
 class IntegerLayer:
     """A quantized layer in integers.
 
-    float32(weight_int - weight_zero_point) * weight_scale is exactly the weight that PyTorch computes with. The input
-    becomes clamp(round(x / input_scale + input_zero_point), input_low, input_high).
+    float32(weight_int - weight_zero_point) * weight_scale is exactly the weight that PyTorch computes with. The input,
+    its channels multiplied by input_factors, becomes clamp(round(x / input_scale + input_zero_point), input_low,
+    input_high).
 
     Attributes:
         name: path of the layer.
@@ -44,6 +45,7 @@ class IntegerLayer:
         input_low: smallest integer of the input.
         input_high: largest integer of the input.
         input_bits: width of the input.
+        input_factors: (I,), what the channels of the input are multiplied by before all this; None for nothing.
         input_group: path of the layer whose input quantizer this one uses, its own if none is shared.
         stride: (h, w) of a Conv2d, empty for a Linear.
         padding: (h, w) of a Conv2d, empty for a Linear.
@@ -63,6 +65,7 @@ class IntegerLayer:
     input_low: int
     input_high: int
     input_bits: int
+    input_factors: np.ndarray[Any, np.dtype[np.float32]] | None
     input_group: str
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -99,7 +102,7 @@ def integer_layer(name: str, layer: QuantizedLayer) -> IntegerLayer:
         "the integers do not give the weight back"
     )
     input_scale, input_zero_point, input_low, input_high = input_parameters(layer)
-    convolution = isinstance(layer, QuantizedConv2d)
+    convolution, factors = isinstance(layer, QuantizedConv2d), layer.input_quant.factors
     return IntegerLayer(
         name=name,
         kind=layer.plan.kind,
@@ -113,6 +116,7 @@ def integer_layer(name: str, layer: QuantizedLayer) -> IntegerLayer:
         input_low=input_low,
         input_high=input_high,
         input_bits=read_bits(layer)[1],
+        input_factors=None if factors is None else factors.flatten().cpu().numpy(),
         input_group=layer.plan.input_group,
         stride=tuple(layer.stride) if convolution else (),
         padding=_padding(name, layer) if convolution else (),

@@ -17,6 +17,7 @@ from torch import Tensor
 from pqcad_qat.errors import ModelError
 from pqcad_qat.quantization.brevitas_layers import QuantizedConv2d, QuantizedLinear, trained_weight
 from pqcad_qat.quantization.buffer_values import buffer_value, write_buffer
+from pqcad_qat.quantization.equalization import over_inputs, over_weights
 from pqcad_qat.quantization.fake_quantization import SMALLEST_RANGE
 from pqcad_qat.quantization.plan import quantizer_words
 from pqcad_qat.quantization.ranges import input_grid, weight_ratio, weight_rows, weight_span
@@ -151,6 +152,23 @@ def move_within_levels(layer: QuantizedLayer, wanted: Tensor) -> None:
 def move_onto_levels(layer: QuantizedLayer) -> None:
     """Move every weight to the level that it is rounded to."""
     layer.weight.copy_(quantized_weight(layer))
+
+
+@torch.no_grad()
+def equalize_input(layer: QuantizedLayer, factors: Tensor) -> None:
+    """Multiply the channels of the layer's input by these factors (I,), divide its weights by them, and find the ranges
+    of the weights anew. The layer has no factors yet but those that a layer with the same quantizer was given.
+    """
+    factors = factors.to(layer.weight.device)
+    layer.input_quant.factors = over_inputs(factors, layer)
+    layer.weight.div_(over_weights(factors, layer))
+    estimate_weight_range(layer)
+
+
+def weights_for(layer: QuantizedLayer, weight: Tensor) -> Tensor:
+    """A weight of the floating-point layer, in the units that the quantized layer has its own in."""
+    factors = layer.input_quant.factors
+    return weight if factors is None else weight / over_weights(factors.to(weight.device), layer)
 
 
 @torch.no_grad()

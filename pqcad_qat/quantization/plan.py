@@ -45,6 +45,7 @@ class QuantizerSpec:
         signed: whether the integers are signed; "auto" makes them signed if calibration sees a negative value.
         learned_scale: whether the range is trained; otherwise it stays fixed, or follows from the weight.
         range: how the range is chosen: "min_max" for the extremes, "mse" for the least squared error.
+        equalize: whether each channel of an input is multiplied by a number of its own first (equalization.py).
     """
 
     bits: int
@@ -53,6 +54,7 @@ class QuantizerSpec:
     signed: bool | Literal["auto"]
     learned_scale: bool
     range: str
+    equalize: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ def _layer_plan(
             signed=inputs.signed if inputs.symmetric else False,
             learned_scale=inputs.scale == "learned",
             range=inputs.range,
+            equalize=inputs.equalize,
         ),
         input_group=name,
         ladder=(*(rung for rung in ladder if rung > weights.bits), weights.bits),
@@ -287,5 +290,5 @@ def quantizer_words(spec: QuantizerSpec) -> str:
     scale = f"{'learned' if spec.learned_scale else 'fixed'} scale from {spec.range}"
     return (
         f"{'symmetric' if spec.symmetric else 'asymmetric'}{sign}, "
-        f"{'channel' if spec.per_channel else 'tensor'}, {scale}"
+        f"{'channel' if spec.per_channel else 'tensor'}, {scale}{', channels equalized' if spec.equalize else ''}"
     )

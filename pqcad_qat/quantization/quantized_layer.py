@@ -20,6 +20,7 @@ from pqcad_qat.quantization.brevitas_layers import (
     unregister_stateless,
     weight_quantizer,
 )
+from pqcad_qat.quantization.equalization import over_weights
 from pqcad_qat.quantization.layer_state import QuantizedLayer, blend_state, estimate_weight_range, read_bits
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.shared_input import SharedInput
@@ -51,13 +52,18 @@ def quantized_layer(layer: nn.Conv2d | nn.Linear, plan: LayerPlan) -> QuantizedL
 
 
 def float_layer(layer: QuantizedLayer) -> nn.Conv2d | nn.Linear:
-    """A floating-point layer around the same Parameters."""
+    """A floating-point layer around the same Parameters; the weight is a new one where the input was equalized."""
     plain: nn.Conv2d | nn.Linear
     if isinstance(layer, QuantizedConv2d):
         plain = nn.Conv2d(**_geometry(layer), device="meta")  # without memory, since its Parameters are replaced below
     else:
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    plain.weight, plain.bias = layer.weight, layer.bias
+    factors = layer.input_quant.factors
+    if factors is None:
+        plain.weight = layer.weight
+    else:
+        plain.weight = nn.Parameter(layer.weight.detach() * over_weights(factors, layer), layer.weight.requires_grad)
+    plain.bias = layer.bias
     return plain.train(layer.training)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.quantization.equalization import channel_factors
 
 BINS = 8192
 """Number of bins in an input's histogram."""
@@ -31,10 +32,17 @@ RATIOS = tuple(i / 50 for i in range(50, 4, -1))
 
 
 class InputRange:
-    """Observations of one layer's input during calibration: its extremes, and a histogram between them."""
+    """Observations of one layer's input during calibration: its extremes, and a histogram between them.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    Attributes:
+        channel: dimension of the input whose channels are observed each for itself; None for none.
+        factors: (C,), what `equalize` has found for them; from then on all is observed in these units.
+    """
+
+    def __init__(self, name: str, channel: int | None = None) -> None:
+        self.name, self.channel = name, channel
+        self.factors: Tensor | None = None
+        self.lows, self.highs = torch.tensor(float("inf")), torch.tensor(float("-inf"))
         self.low = float("inf")
         self.high = float("-inf")
         self.counts = torch.zeros(BINS, dtype=torch.float64)
@@ -45,17 +53,29 @@ class InputRange:
         Raises:
             ModelError: x holds NaN or infinity.
         """
-        low, high = (value.item() for value in torch.aminmax(x.detach().float()))
+        x = x.detach().float()
+        low, high = (value.item() for value in torch.aminmax(x))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ModelError(
                 f"calibration: input of layer {self.name}: got NaN or infinite values; allowed finite ones, which "
                 "its range is set from"
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
+        if self.channel is not None:
+            lows, highs = (value.cpu() for value in torch.aminmax(x.movedim(self.channel, 0).flatten(1), dim=1))
+            self.lows, self.highs = torch.minimum(self.lows, lows), torch.maximum(self.highs, highs)
+
+    def equalize(self) -> None:
+        """Find factors for the channels, and go on in their units."""
+        self.factors = channel_factors(torch.maximum(self.lows.abs(), self.highs.abs()))
+        self.low, self.high = float((self.lows * self.factors).min()), float((self.highs * self.factors).max())
 
     def watch_histogram(self, x: Tensor) -> None:
         """Add x to the histogram, whose ends are the extremes found before."""
-        self.counts += torch.histc(x.detach().float(), bins=BINS, min=self.low, max=self.high).to("cpu", torch.float64)
+        x = x.detach().float()
+        if self.factors is not None and self.channel is not None:
+            x = (x.movedim(self.channel, -1) * self.factors.to(x.device)).movedim(-1, self.channel)
+        self.counts += torch.histc(x, bins=BINS, min=self.low, max=self.high).to("cpu", torch.float64)
 
     def check(self) -> None:
         """Refuse an input that was never seen or is zero everywhere.

@@ -21,7 +21,7 @@ from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import PTQ
 from pqcad_qat.quantization.gptq_rounding import round_weights, rounded_layers
-from pqcad_qat.quantization.layer_state import move_onto_levels, move_within_levels, quantized_weight
+from pqcad_qat.quantization.layer_state import move_onto_levels, move_within_levels, quantized_weight, weights_for
 from pqcad_qat.quantization.learned_rounding import learn_rounding
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.trained_part import changing_state
@@ -105,7 +105,7 @@ def within_levels(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) -
 def lay_within_levels(model: nn.Module, full: nn.Module) -> None:
     """Move the weights of rounded layers to where full precision has them, as far as they stay rounded as they are."""
     for name, layer in rounded_layers(model).items():
-        move_within_levels(layer, full.get_parameter(f"{name}.weight").detach())
+        move_within_levels(layer, weights_for(layer, full.get_parameter(f"{name}.weight").detach()))
 
 
 def round_as_asked(

@@ -101,7 +101,11 @@ def _run(model: nn.Module, states: Tensor, timesteps: Tensor) -> tuple[dict[str,
     seen: dict[str, np.ndarray] = {}
 
     def watch(name: str) -> Any:
-        return lambda _, arguments: seen.__setitem__(name, arguments[0].numpy().copy())
+        def see(layer: Any, arguments: tuple[Tensor]) -> None:
+            factors = layer.input_quant.factors
+            seen[name] = (arguments[0] if factors is None else arguments[0] * factors).numpy().copy()
+
+        return see
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in quantized_layers(model).items()]
     output = model(states, timesteps)
