@@ -149,9 +149,11 @@ def set_ranges(model: nn.Module, seen: Mapping[str, InputRange]) -> None:
 
     Widths and signs are those of this model's plan, so they may differ between copies.
     """
-    for layer in quantized_layers(model).values():
+    layers = quantized_layers(model)
+    before = {name: layer.input_quant.factors for name, layer in layers.items()}
+    for name, layer in layers.items():
         if (factors := seen[layer.plan.input_group].factors) is not None:
-            equalize_input(layer, factors)
+            equalize_input(layer, factors, before[name])
         if layer.plan.input_group == layer.plan.name:
             _set_range(layer, seen[layer.plan.name])
 

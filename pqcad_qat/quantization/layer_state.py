@@ -155,11 +155,13 @@ def move_onto_levels(layer: QuantizedLayer) -> None:
 
 
 @torch.no_grad()
-def equalize_input(layer: QuantizedLayer, factors: Tensor) -> None:
+def equalize_input(layer: QuantizedLayer, factors: Tensor, before: Tensor | None) -> None:
     """Multiply the channels of the layer's input by these factors (I,), divide its weights by them, and find the ranges
-    of the weights anew. The layer has no factors yet but those that a layer with the same quantizer was given.
+    of the weights anew. Its weights have been divided by the factors `before`, if any.
     """
     factors = factors.to(layer.weight.device)
+    if before is not None:
+        layer.weight.mul_(over_weights(before, layer))
     layer.input_quant.factors = over_inputs(factors, layer)
     layer.weight.div_(over_weights(factors, layer))
     estimate_weight_range(layer)
