@@ -137,6 +137,16 @@ def test_properties_reach_openvino(folder: Path, deployed: OVUNet2DModel) -> Non
         OVUNet2DModel.from_pretrained(folder, properties={"NO_SUCH_PROPERTY": 1})
 
 
+def test_what_is_compiled_can_be_kept_for_the_next_process(
+    folder: Path, deployed: OVUNet2DModel, tmp_path: Path
+) -> None:
+    x = noise(BATCH)
+    for _ in range(2):
+        kept = OVUNet2DModel.from_pretrained(folder, properties={"CACHE_DIR": str(tmp_path / "cache")})
+        np.testing.assert_array_equal(kept(x, 500).sample, deployed(x, 500).sample)
+    assert kept.compiled.get_property("LOADED_FROM_CACHE")
+
+
 def test_a_share_of_the_cores_gets_as_many_threads_unless_told_otherwise(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
