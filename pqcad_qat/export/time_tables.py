@@ -70,6 +70,8 @@ class TimestepTable(nn.Module):
             factor: number by which the model multiplies a time before the module reads it.
         """
         super().__init__()
+        if reader is not None and reader.input_factors is not None:
+            reader = None  # its input is multiplied before the quantizer
         known = times if isinstance(times, Tensor) else torch.arange(times)
         with torch.no_grad():
             values = module(known * factor if factor != 1.0 else known).float()
@@ -162,8 +164,7 @@ def timestep_tables(
         elif path == "time_proj" or isinstance(module, Timesteps):
             scope = path.removesuffix("time_proj")
             readers = [layers.get(f"{scope}{name}.linear_1") for name in ("time_embedding", "timestep_embedder")]
-            planned = [layer for layer in readers if layer is not None and layer.input_factors is None]
-            reader = None if shared else next(iter(planned), None)
+            reader = None if shared else next((layer for layer in readers if layer is not None), None)
             if not isinstance(times, Tensor):
                 replacements[path] = TimestepTable(module, times, reader)
                 continue

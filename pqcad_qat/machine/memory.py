@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
@@ -15,7 +16,7 @@ def peak_resident() -> int:
     On Linux it is not getrusage's, which counts from what the process was before it began this program: a copy of the
     one that started it.
     """
-    if _STATUS.exists():
+    with suppress(OSError, KeyError):  # not every system has the file, or the line
         return resident("VmHWM")
     if sys.platform == "win32":
         import psutil  # a process that measures its memory alone is to be small

@@ -6,6 +6,7 @@ Not here: a single layer (quantized_layer.py), its ranges and widths (layer_stat
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -123,9 +124,12 @@ def observed_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> di
     leaders = {name: layer for name, layer in layers.items() if layer.plan.input_group == layer.plan.name}
     if not (samples := tuple(batches)):
         raise ModelError("calibration data: got no batch; allowed at least one")
+    # a weight that other layers have too cannot be divided by the factors of one
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    tied = {layer.plan.input_group for layer in layers.values() if owners[id(layer.weight)] > 1}
     seen = {
-        layer.plan.name: InputRange(layer.plan.name, channel_of(layer) if layer.plan.inputs.equalize else None)
-        for layer in leaders.values()
+        name: InputRange(name, channel_of(layer) if layer.plan.inputs.equalize and name not in tied else None)
+        for name, layer in leaders.items()
     }
     _watch(model, layers, samples, {group: watched.watch_extremes for group, watched in seen.items()})
     for watched in seen.values():

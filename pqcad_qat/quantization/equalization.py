@@ -21,12 +21,12 @@ LARGEST = 8
 def channel_factors(largest: Tensor) -> Tensor:
     """(I,), the factor of each channel, from the largest magnitude (I,) of its values.
 
-    Their geometric mean is about 1. A channel of zeros is left as it is.
+    That of a channel of median size is 1. A channel of zeros is left as it is.
     """
     seen = largest > 0
     exponents = torch.zeros_like(largest)
     logarithms = largest[seen].log2()
-    exponents[seen] = ((logarithms.mean() - logarithms) / 2).round().clamp(-LARGEST, LARGEST)
+    exponents[seen] = ((logarithms.median() - logarithms) / 2).round().clamp(-LARGEST, LARGEST)
     return exponents.exp2()
 
 

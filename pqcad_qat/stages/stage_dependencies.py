@@ -36,6 +36,7 @@ from pqcad_qat.policy.variants import (
 )
 from pqcad_qat.quality.clip_score import clip_digest
 from pqcad_qat.quality.feature_network import load_features
+from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.serving.deployed_folder import tokenizer_of
 from pqcad_qat.stages.asked_widths import widths_measured
@@ -179,7 +180,7 @@ class _Table:
         """
         without = {"rule", "pattern", "int8_exception", *(() if ladders else ("ladder",))}
         plan = [
-            {key: value for key, value in asdict(layer).items() if key not in without} for layer in self.prepared.plan
+            {key: value for key, value in _entry(layer).items() if key not in without} for layer in self.prepared.plan
         ]
         return {
             "quantization.layers": plan,
@@ -245,7 +246,7 @@ class _Table:
             "sampling_steps": policy.sampling_steps(variant),
             "guidance": policy.guidance_scale(variant),
             "model.source": self.prepared.model.source,
-            "quantization.layers": [asdict(layer) for layer in self.prepared.plan],
+            "quantization.layers": [_entry(layer) for layer in self.prepared.plan],
             "quantization.attention": policy.quantization.attention,
             **self.section("export", "latency_runs"),
             **self.section("pipeline"),
@@ -326,3 +327,12 @@ def most_steps(policy: Policy, stage: str) -> int:
     """Number of training steps of a training stage, or the largest one that a stage may find."""
     steps = training_steps(policy, stage)
     return policy.training.max_steps if steps is None else steps
+
+
+def _entry(layer: LayerPlan) -> dict[str, Any]:
+    """A layer's plan as recipes have it: without what it does not have, so that runs of before it was known go on."""
+    entry = asdict(layer)
+    for spec in (entry["weights"], entry["inputs"]):
+        if not spec["equalize"]:
+            del spec["equalize"]
+    return entry

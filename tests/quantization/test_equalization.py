@@ -72,7 +72,7 @@ def test_factors_are_powers_of_two_around_one_that_even_channels_out_by_half() -
     assert factors[4] == 1  # a channel of zeros
     assert torch.equal(factors.log2(), factors.log2().round())
     assert factors[5] == 2.0**LARGEST
-    assert channel_factors(torch.tensor([16.0, 4.0, 1.0, 0.25])).tolist() == pytest.approx([0.25, 0.5, 1, 2], rel=1.01)
+    assert factors[:4].tolist() == [0.25, 0.5, 1, 2]  # whatever the dead ones are
     assert channel_factors(torch.ones(3)).tolist() == [1, 1, 1]
 
 
