@@ -39,7 +39,7 @@ from pqcad_qat.models.model_loading import DEFAULT_SCHEDULER, shapes_of_configs
 from pqcad_qat.models.untrained import random_denoiser
 from pqcad_qat.policy.variants import FLOAT_STEPS, REFERENCE
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
-from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
+from pqcad_qat.report.benchmark_record import ColdStarts, LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.report.record import Hardware, Throughput
 from pqcad_qat.serving.compiled_graph import shared_core
 from pqcad_qat.serving.deployed_folder import MANIFEST, read_manifest
@@ -135,7 +135,7 @@ def measure_speed(
                 tell(f"batch {batch}, {isa}: timing")
                 measurements.append(measure(prepared, isa, runs, throughput))
                 bar.advance(task)
-    return replace(_report(subject, measurements, loading, left_out, command=command), cold=cold)
+    return _report(subject, measurements, loading, left_out, cold=cold, command=command)
 
 
 def _images(subject: Subject, prepared: Candidates) -> dict[str, list[Graph]]:
@@ -160,6 +160,7 @@ def _report(
     loading: tuple[LoadTime, ...],
     left_out: Mapping[str, str],
     *,
+    cold: ColdStarts | None,
     command: str,
 ) -> SpeedReport:
     shapes = shapes_of_configs(subject.config, DEFAULT_SCHEDULER, subject.source)
@@ -175,7 +176,7 @@ def _report(
         ours=subject.ours,
         measurements=tuple(measurements),
         loading=loading,
-        cold=None,
+        cold=cold,
         left_out=left_out,
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -190,9 +190,9 @@ class _Estimate:
             return 0.0
         images = min(held_out_images.IMAGES, max(1, self.policy.calibration.trajectories // 8))
         own = self.policy.sampling_steps(stage) * CANDIDATES * self.pace.quantized
-        return self.training_steps(stage, FOUND) + images * self.calls * (own + self.steps * self.pace.full)
+        return self.seconds_of_steps(stage, FOUND) + images * self.calls * (own + self.steps * self.pace.full)
 
-    def training_steps(self, stage: str, found: Mapping[str, int]) -> float:
+    def seconds_of_steps(self, stage: str, found: Mapping[str, int]) -> float:
         """Seconds of a stage's training steps, which are `found` where it finds their number by itself."""
         policy, most, step = self.policy, most_steps(self.policy, stage), self.pace.step or 0.0
         if training_steps(policy, stage) is not None:
@@ -208,7 +208,7 @@ class _Estimate:
         """Seconds that a stage takes beyond what is expected, if its training does not end by itself."""
         if stage not in TRAINED or not self.training(stage):
             return 0.0
-        return self.training_steps(stage, {}) - self.training_steps(stage, FOUND)
+        return self.seconds_of_steps(stage, {}) - self.seconds_of_steps(stage, FOUND)
 
     def teacher(self) -> float:
         targets = self.policy.calibration.trajectories * self.steps * self.calls * self.pace.quantized
